@@ -1,0 +1,78 @@
+"""Every failure a user of cn_hf can meet, on one page.
+
+Each class is a ``CnHfError`` and the builtin a Python user would have caught anyway: ``ValueError`` for wrong values,
+names and states, ``TypeError`` for wrong types, ``OSError`` for files and the Hub. Messages say what was received, what
+was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "CnHfError",
+    "ConfigError",
+    "ContextIdError",
+    "ContextSourceError",
+    "DatasetError",
+    "DatasetFileError",
+    "InputShapeError",
+    "InputTypeError",
+    "PatchError",
+    "TrainingError",
+    "nearest",
+]
+
+
+class CnHfError(Exception):
+    """Base class of every error raised by cn_hf on purpose."""
+
+
+class ConfigError(CnHfError, ValueError):
+    """An option is unknown or out of range."""
+
+
+class ContextIdError(CnHfError, ValueError):
+    """Context ids are missing, or of a wrong length, dtype, range or name."""
+
+
+class PatchError(CnHfError, ValueError):
+    """A model cannot be patched, unpatched, calibrated or folded as asked; the model is unchanged."""
+
+
+class InputTypeError(CnHfError, TypeError):
+    """An argument has the wrong type, or a tensor the wrong dtype or layout."""
+
+
+class InputShapeError(CnHfError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class ContextSourceError(CnHfError, ValueError):
+    """A context source is not fitted, or cannot name the contexts of what it was given."""
+
+
+class DatasetError(CnHfError, ValueError):
+    """A dataset lacks a column or split, or holds a value out of range."""
+
+
+class DatasetFileError(CnHfError, OSError):
+    """A dataset, or an image in it, cannot be read."""
+
+
+class CheckpointError(CnHfError, OSError):
+    """A checkpoint is missing, truncated, newer than this version, or belongs to another model."""
+
+
+class TrainingError(CnHfError, ValueError):
+    """A run cannot start or go on as asked."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words for an error message: the valid name nearest to ``name`` if one is near, then all valid names."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Valid: {', '.join(map(repr, options))}."

@@ -1,0 +1,6 @@
+"""The maths of context normalization. Knows torch, nothing else."""
+
+from cn_hf.norm.baselines import FeatureBatchNorm, MixtureNorm
+from cn_hf.norm.layers import ContextNorm
+
+__all__ = ["ContextNorm", "FeatureBatchNorm", "MixtureNorm"]

@@ -1,0 +1,216 @@
+"""The baselines: mixture normalization (Eqs. 5-7) and batch normalization (Eqs. 1-3) along any feature axis.
+
+Shape legend: ``N`` samples, ``C`` features, ``K`` components.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.norm.em import Mixture, fit_mixture, seed_mixture, statistics_dtype
+from cn_hf.norm.functional import mixture_norm
+from cn_hf.norm.layers import FeatureNorm
+
+__all__ = ["FeatureBatchNorm", "MixtureNorm"]
+
+
+class MixtureNorm(FeatureNorm):
+    """Mixture normalization (Eqs. 5-7; Kalayeh and Shah 2019), the paper's baseline MN.
+
+    In training the mixture is refitted on the batch's activations by EM, warm-started from the running mixture (the
+    first step seeds it by k-means++), and is a constant in backward. Running mixture and statistics serve evaluation.
+    Where a process group is initialised, EM and statistics are those of all processes' batches together.
+
+    Args:
+        num_features: ``C``.
+        num_components: ``K``.
+        feature_dim: axis of the features: 1 for maps, -1 for tokens.
+        momentum: weight of the newest batch in the running mixture and statistics.
+        em_iterations: EM iterations a training step.
+        seed_iterations: EM iterations after seeding, on the first training step.
+        max_vectors: EM sees at most about this many of the batch's vectors, evenly spaced.
+        reg_covar: added to every variance in EM.
+        seed: of k-means++.
+        eps: added to the variances under the root.
+        affine: learn a scale and an offset after the normalization.
+        device: of the parameters and buffers.
+        dtype: of the parameters; buffers are float32 at least.
+    """
+
+    theta_mean: Tensor
+    theta_var: Tensor
+    theta_prior: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_components: int = 3,
+        *,
+        feature_dim: int = 1,
+        momentum: float = 0.1,
+        em_iterations: int = 2,
+        seed_iterations: int = 20,
+        max_vectors: int = 8192,
+        reg_covar: float = 1e-6,
+        seed: int = 0,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, feature_dim, eps, affine, device, dtype)
+        if num_components < 1:
+            raise ConfigError(f"num_components must be at least 1, received {num_components}.")
+        if not 0 < momentum <= 1:
+            raise ConfigError(f"momentum must lie in (0, 1], received {momentum}.")
+        for name, value in (("em_iterations", em_iterations), ("max_vectors", max_vectors)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, received {value}.")
+        self.num_components = num_components
+        self.momentum = momentum
+        self.em_iterations = em_iterations
+        self.seed_iterations = seed_iterations
+        self.max_vectors = max_vectors
+        self.reg_covar = reg_covar
+        self.seed = seed
+        self._seeded = False  # mirrors num_batches_tracked > 0 on the host, so that no step waits for the device
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        shape = (num_components, num_features)
+        self.register_buffer("theta_mean", torch.zeros(shape, device=device, dtype=wide))
+        self.register_buffer("theta_var", torch.ones(shape, device=device, dtype=wide))
+        self.register_buffer("theta_prior", torch.full(shape[:1], 1 / num_components, device=device, dtype=wide))
+        self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=wide))
+        self.register_buffer("running_var", torch.ones(shape, device=device, dtype=wide))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``; in training the running mixture moves.
+
+        Raises:
+            InputShapeError: ``x`` does not have ``num_features`` features, or a training batch has no vectors.
+        """
+        self._check_input(x)
+        return self.normalize(x, weight=self.weight, bias=self.bias)
+
+    def normalize(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """``forward`` with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+        theta = self._running_theta()
+        if not self.training:
+            running = self.running_mean, self.running_var
+            return mixture_norm(
+                x, theta, statistics=running, eps=self.eps, feature_dim=self.feature_dim, weight=weight, bias=bias
+            )[0]
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if x.numel() == 0 and not distributed:
+            raise InputShapeError(f"MixtureNorm cannot train on an empty batch, received shape {tuple(x.shape)}.")
+        theta = self._fit(x, theta, distributed)
+        out, (mean, var) = mixture_norm(
+            x, theta, eps=self.eps, feature_dim=self.feature_dim, weight=weight, bias=bias, distributed=distributed
+        )
+        self._track(theta, mean, var)
+        return out
+
+    def _running_theta(self) -> Mixture:
+        nan = self.theta_mean.new_full((), math.nan)
+        return Mixture(self.theta_mean, self.theta_var, self.theta_prior, nan, 0)
+
+    @torch.no_grad()
+    def _fit(self, x: Tensor, theta: Mixture, distributed: bool) -> Mixture:
+        dtype = statistics_dtype(x, self.theta_mean)
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = x.detach().movedim(self.feature_dim, -1).reshape(-1, self.num_features)
+            world = dist.get_world_size() if distributed else 1
+            vectors = vectors[:: max(1, math.ceil(len(vectors) * world / self.max_vectors))].to(dtype)
+            iterations = self.em_iterations
+            if not self._seeded:
+                iterations = self.seed_iterations
+                theta = seed_mixture(
+                    vectors, self.num_components, seed=self.seed, reg_covar=self.reg_covar, distributed=distributed
+                )
+            return fit_mixture(
+                vectors,
+                *theta[:3],
+                num_iterations=iterations,
+                tol=None,
+                reg_covar=self.reg_covar,
+                distributed=distributed,
+            )
+
+    @torch.no_grad()
+    def _track(self, theta: Mixture, mean: Tensor, var: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this forward a second time
+            return
+        momentum = self.momentum if self._seeded else 1.0
+        for buffer, value in (
+            (self.theta_mean, theta.mean),
+            (self.theta_var, theta.var),
+            (self.theta_prior, theta.prior),
+            (self.running_mean, mean),
+            (self.running_var, var),
+        ):
+            buffer.lerp_(value.detach().to(buffer.dtype), momentum)
+        self.num_batches_tracked.add_(1)
+        self._seeded = True
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.num_batches_tracked.is_meta:
+            self._seeded = bool(self.num_batches_tracked > 0)
+
+    def extra_repr(self) -> str:
+        """The options shown by ``print(model)``."""
+        return f"{self.num_features}, num_components={self.num_components}, feature_dim={self.feature_dim}"
+
+
+class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalization (Eqs. 1-3) along any feature axis: the baseline BN for maps and for tokens.
+
+    Args:
+        num_features: ``C``.
+        feature_dim: axis of the features: 1 for maps, -1 for tokens.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics.
+        affine: learn a scale and an offset after the normalization.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        feature_dim: int = 1,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype)
+        self.feature_dim = feature_dim
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            raise InputShapeError(
+                f"FeatureBatchNorm expects {self.num_features} features along axis {self.feature_dim} of a batch, "
+                f"received {input.shape[1]}."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``."""
+        out: Tensor = super().forward(x.movedim(self.feature_dim, 1))
+        return out.movedim(1, self.feature_dim)
+
+    def normalize(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """``forward`` with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+        out = self(x).movedim(self.feature_dim, -1)
+        out = out if weight is None else out * weight
+        return (out if bias is None else out + bias).movedim(-1, self.feature_dim)

@@ -1,0 +1,328 @@
+"""Mixtures of diagonal Gaussians: densities, posteriors, and expectation maximisation.
+
+The E-step's posteriors are tau of Eqs. 5, 6 and 9 of the paper. The statistics of an E-step are additive, so the same
+functions serve a batch on its device, chunks of a dataset larger than memory, and several processes.
+
+Shape legend: ``M`` vectors, ``C`` features, ``K`` components. Everything is float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from cn_hf.errors import InputTypeError
+
+__all__ = [
+    "Mixture",
+    "MixtureStatistics",
+    "fit_mixture",
+    "gaussian_log_density",
+    "kmeans_plusplus",
+    "log_posteriors",
+    "mixture_statistics",
+    "mixture_update",
+    "posteriors",
+    "seed_mixture",
+    "statistics_dtype",
+]
+
+
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype statistics are computed in: the widest of ``tensors``, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise InputTypeError(
+                f"Expected floating point activations, received {tensor.dtype}. Convert images first: x.float() / 255."
+            )
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Log-density of vectors under diagonal Gaussians, by matrix products.
+
+    ``x`` and all means are first shifted by the mean of the means; without it the expanded square cancels in float32
+    once ``|mean|`` is much larger than the standard deviation.
+
+    Args:
+        x: ``(M, C)``.
+        mean: ``(K, C)``.
+        var: ``(K, C)``, positive.
+
+    Returns:
+        ``(M, K)``, float32 at least.
+    """
+    dtype = statistics_dtype(x, mean, var)
+    with torch.autocast(x.device.type, enabled=False):
+        mean, var = mean.to(dtype), var.to(dtype)
+        shift = mean.mean(dim=0)
+        x, mean = x.to(dtype) - shift, mean - shift
+        precision = var.reciprocal()
+        constant = (mean.square() * precision + var.log()).sum(dim=1) + mean.shape[1] * math.log(2 * math.pi)
+        quadratic = x.square() @ precision.T - 2 * (x @ (mean * precision).T)
+        return -0.5 * (quadratic + constant)
+
+
+def log_posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> Tensor:
+    """Logarithm of ``posteriors``, same arguments: finite where the posterior itself underflows."""
+    joint = gaussian_log_density(x, mean, var)
+    if prior is not None:
+        joint = joint + prior.to(joint.dtype).log()
+    return joint.log_softmax(dim=1)
+
+
+def posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None = None) -> Tensor:
+    """Probability of each component given a vector, tau of Eqs. 6 and 9.
+
+    Args:
+        x: ``(M, C)``.
+        mean: ``(K, C)``.
+        var: ``(K, C)``, positive (with eps already added where eps belongs to the model).
+        prior: ``(K,)``, summing to one; None for equal priors.
+
+    Returns:
+        ``(M, K)``, float32 at least, rows sum to one.
+    """
+    return log_posteriors(x, mean, var, prior).exp()
+
+
+class Mixture(NamedTuple):
+    """A mixture of diagonal Gaussians: ``mean`` ``(K, C)``, ``var`` ``(K, C)``, ``prior`` ``(K,)``.
+
+    ``log_likelihood`` is the mean log-likelihood of a vector at the last E-step.
+    """
+
+    mean: Tensor
+    var: Tensor
+    prior: Tensor
+    log_likelihood: Tensor
+    num_iterations: int
+
+
+class MixtureStatistics(NamedTuple):
+    """What one E-step leaves: additive over chunks of data and over processes.
+
+    ``total`` ``(K,)`` responsibilities, ``first`` and ``second`` ``(K, C)`` moments about a fixed shift (sums),
+    ``log_likelihood`` ``()`` summed over vectors, ``num_vectors`` ``()``.
+    """
+
+    total: Tensor
+    first: Tensor
+    second: Tensor
+    log_likelihood: Tensor
+    num_vectors: Tensor
+
+    def plus(self, other: MixtureStatistics) -> MixtureStatistics:
+        """Statistics of both sets of vectors together."""
+        return MixtureStatistics(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Sum tensors over all processes, in forward and in backward, in one collective each."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        return sum_over_processes(tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        return sum_over_processes(grads)
+
+
+def reduce_over_processes(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, op=op)
+    return tensor
+
+
+def sum_over_processes(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+
+
+def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, shift: Tensor) -> MixtureStatistics:
+    """E-step on a chunk of vectors.
+
+    Args:
+        x: ``(M, C)``.
+        mean: ``(K, C)``.
+        var: ``(K, C)``.
+        prior: ``(K,)``.
+        shift: ``(C,)``, near the data's mean, the same for every chunk: sums are taken about it for precision.
+
+    Returns:
+        The chunk's statistics.
+    """
+    joint = gaussian_log_density(x, mean, var) + prior.log()
+    log_norm = joint.logsumexp(dim=1)
+    responsibility = (joint - log_norm[:, None]).exp()
+    return _weighted_statistics(x.to(joint.dtype), responsibility, log_norm.sum(), shift)
+
+
+def _weighted_statistics(x: Tensor, weight: Tensor, log_likelihood: Tensor, shift: Tensor) -> MixtureStatistics:
+    centered = x - shift
+    return MixtureStatistics(
+        weight.sum(dim=0),
+        weight.T @ centered,
+        weight.T @ centered.square(),
+        log_likelihood,
+        weight.new_full((), len(x)),
+    )
+
+
+def mixture_update(
+    stats: MixtureStatistics, *, shift: Tensor, reg_covar: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M-step, as scikit-learn's ``GaussianMixture(covariance_type="diag")`` does it.
+
+    Args:
+        stats: statistics of all the data.
+        shift: the shift they were taken about.
+        reg_covar: added to every variance.
+
+    Returns:
+        mean ``(K, C)``, var ``(K, C)``, prior ``(K,)``.
+    """
+    count = stats.total + 10 * torch.finfo(stats.total.dtype).eps
+    mean = stats.first / count[:, None]
+    var = (stats.second / count[:, None] - mean.square()).clamp_min(0) + reg_covar
+    return mean + shift, var, count / count.sum()
+
+
+def kmeans_plusplus(x: Tensor, num_components: int, *, seed: int = 0, distributed: bool = False) -> Tensor:
+    """Start centres by k-means++ (Arthur and Vassilvitskii 2007): each drawn with probability ~ squared distance.
+
+    The draw is an arg-max of log-probabilities plus Gumbel noise indexed by the vector's place among the vectors of all
+    processes in rank order, so that the result does not depend on how many processes share them.
+
+    Args:
+        x: ``(M, C)``; on several processes, this one's part.
+        num_components: ``K``.
+        seed: of the noise.
+        distributed: draw over the vectors of all processes of the default group.
+
+    Returns:
+        ``(K, C)``, float32 at least.
+    """
+    x = x.to(statistics_dtype(x))
+    first, total = _place_among_processes(len(x), x.device) if distributed else (0, len(x))
+    if total == 0:
+        raise InputTypeError("k-means++ needs at least one vector, received none.")
+    generator = torch.Generator(x.device).manual_seed(seed)
+    distance = x.new_full((len(x),), math.inf)
+    log_weight = x.new_zeros(len(x))
+    centers: list[Tensor] = []
+    for _ in range(num_components):
+        uniform = torch.rand(total, generator=generator, device=x.device, dtype=x.dtype)[first : first + len(x)]
+        score = log_weight - torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
+        center = _argmax_vector(x, score, distributed)
+        centers.append(center)
+        distance = torch.minimum(distance, (x - center).square().sum(dim=1))
+        log_weight = distance.log()
+    return torch.stack(centers)
+
+
+def _place_among_processes(count: int, device: torch.device) -> tuple[int, int]:
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(count, dtype=torch.int64, device=device))
+    values = [int(value) for value in counts]
+    return sum(values[: dist.get_rank()]), sum(values)
+
+
+def _argmax_vector(x: Tensor, score: Tensor, distributed: bool) -> Tensor:
+    if not distributed:
+        return x.index_select(0, score.argmax().view(1))[0]
+    best = torch.cat([x.new_full((1,), -math.inf), x.new_zeros(x.shape[1])])
+    if len(x):
+        index = score.argmax().view(1)
+        best = torch.cat([score.index_select(0, index), x.index_select(0, index)[0]])
+    gathered = [torch.empty_like(best) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, best)
+    rows = torch.stack(gathered)
+    return rows.index_select(0, rows[:, 0].argmax().view(1))[0, 1:]
+
+
+def _data_shift(x: Tensor, distributed: bool) -> Tensor:
+    total = torch.cat([x.sum(dim=0), x.new_full((1,), len(x))])
+    if distributed:
+        dist.all_reduce(total)
+    return total[:-1] / total[-1]
+
+
+def seed_mixture(
+    x: Tensor, num_components: int, *, seed: int = 0, reg_covar: float = 1e-6, distributed: bool = False
+) -> Mixture:
+    """A start for EM: k-means++ centres, then one M-step with every vector given to its nearest centre.
+
+    Args:
+        x: ``(M, C)``.
+        num_components: ``K``.
+        seed: of k-means++.
+        reg_covar: added to every variance.
+        distributed: over the vectors of all processes.
+
+    Returns:
+        The start; its ``log_likelihood`` is nan.
+    """
+    x = x.to(statistics_dtype(x))
+    centers = kmeans_plusplus(x, num_components, seed=seed, distributed=distributed)
+    shift = _data_shift(x, distributed)
+    nearest = gaussian_log_density(x, centers, torch.ones_like(centers)).argmax(dim=1)
+    stats = _weighted_statistics(x, F.one_hot(nearest, num_components).to(x.dtype), x.new_zeros(()), shift)
+    if distributed:
+        stats = MixtureStatistics(*sum_over_processes(stats))
+    mean, var, prior = mixture_update(stats, shift=shift, reg_covar=reg_covar)
+    return Mixture(mean, var, prior, x.new_full((), math.nan), 0)
+
+
+def fit_mixture(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    prior: Tensor,
+    *,
+    num_iterations: int = 100,
+    tol: float | None = 1e-3,
+    reg_covar: float = 1e-6,
+    distributed: bool = False,
+) -> Mixture:
+    """Expectation maximisation from a given start, on the device of ``x``.
+
+    Args:
+        x: ``(M, C)``.
+        mean: ``(K, C)``.
+        var: ``(K, C)``.
+        prior: ``(K,)``.
+        num_iterations: at most this many iterations.
+        tol: stop once the mean log-likelihood changes by less; None runs all iterations and never waits for the device.
+        reg_covar: added to every variance.
+        distributed: sum the statistics over all processes of the default group.
+
+    Returns:
+        The fitted mixture.
+    """
+    x = x.to(statistics_dtype(x, mean))
+    shift = _data_shift(x, distributed)
+    log_likelihood, previous, iterations = x.new_full((), -math.inf), -math.inf, 0
+    while iterations < num_iterations:
+        iterations += 1
+        stats = mixture_statistics(x, mean, var, prior, shift=shift)
+        if distributed:
+            stats = MixtureStatistics(*sum_over_processes(stats))
+        mean, var, prior = mixture_update(stats, shift=shift, reg_covar=reg_covar)
+        log_likelihood = stats.log_likelihood / stats.num_vectors
+        if tol is not None:
+            current = float(log_likelihood)
+            if abs(current - previous) < tol:
+                break
+            previous = current
+    return Mixture(mean, var, prior, log_likelihood, iterations)

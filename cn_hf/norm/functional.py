@@ -1,0 +1,330 @@
+"""The maths of context normalization and of its mixture forms, as functions of tensors. Start reading here.
+
+Implements Eq. 8 (CN), Eq. 9 (CN+) and Eqs. 5-7 (mixture normalization, MN) of Faye et al., "Context Normalization Layer
+with Applications", ICDM-W 2023. Densities and expectation maximisation are in ``em`` and re-exported here.
+
+Shape legend: ``N`` samples, ``C`` features, ``T`` contexts (``K`` components), ``M`` feature vectors (every pixel or
+token of every sample), ``x`` is ``(N, C, ...)`` with ``feature_dim=1`` or ``(N, ..., C)`` with ``feature_dim=-1``.
+
+Statistics, log-densities and reductions are float32 at least, whatever the dtype of ``x`` and whatever autocast says;
+results come back in the dtype of ``x``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from cn_hf.norm.em import (
+    Mixture,
+    MixtureStatistics,
+    SumOverProcesses,
+    fit_mixture,
+    gaussian_log_density,
+    kmeans_plusplus,
+    log_posteriors,
+    mixture_statistics,
+    mixture_update,
+    posteriors,
+    reduce_over_processes,
+    seed_mixture,
+    statistics_dtype,
+)
+
+__all__ = [
+    "Mixture",
+    "MixtureStatistics",
+    "component_statistics",
+    "context_norm",
+    "context_norm_plus",
+    "context_rows",
+    "fit_mixture",
+    "gaussian_log_density",
+    "kmeans_plusplus",
+    "mixture",
+    "mixture_norm",
+    "mixture_statistics",
+    "mixture_update",
+    "posteriors",
+    "seed_mixture",
+    "shift_scale",
+]
+
+
+class _ShiftScale(torch.autograd.Function):
+    """``(x - center) * scale + offset`` that keeps ``x`` alone for backward; the other arguments broadcast to ``x``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        return _shift_scale_formula(x, center, scale, offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        x, center, scale, offset = inputs
+        ctx.save_for_backward(x, center, scale)
+        ctx.has_offset = offset is not None
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        x, center, scale = ctx.saved_tensors
+        need_x, need_center, need_scale, need_offset = ctx.needs_input_grad
+        wide = grad.to(scale.dtype)
+        grad_x = (wide * scale).to(x.dtype) if need_x else None
+        grad_sum = wide.sum_to_size(center.shape) if need_center or (need_offset and ctx.has_offset) else None
+        grad_center = -(grad_sum * scale) if need_center else None
+        grad_scale = (wide * (x - center)).sum_to_size(scale.shape) if need_scale else None
+        return grad_x, grad_center, grad_scale, grad_sum if need_offset and ctx.has_offset else None
+
+
+def _shift_scale_formula(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    centered = x - center
+    out = centered * scale if offset is None else torch.addcmul(offset, centered, scale)
+    return out.to(x.dtype)
+
+
+def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, feature_dim: int) -> Tensor:
+    """``(x - center) * scale + offset`` with one row of coefficients a sample.
+
+    Subtracting first keeps full precision where ``|mean|`` is much larger than the standard deviation. Backward needs
+    ``x`` only, and reduces over all positions of a sample before anything is summed over samples.
+
+    Args:
+        x: ``(N, ..., C)`` or ``(N, C, ...)``, floating point.
+        center: ``(N, C)`` or ``(1, C)``, float32 at least.
+        scale: same shape and dtype as ``center``.
+        offset: same shape and dtype as ``center``, or None.
+        feature_dim: the axis of ``x`` that holds the features: 1 or -1.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    shape = [1] * x.dim()
+    shape[0], shape[feature_dim] = center.shape
+    center, scale = center.reshape(shape), scale.reshape(shape)
+    offset = None if offset is None else offset.reshape(shape)
+    if torch.compiler.is_compiling():  # the compiler derives and fuses the same backward itself
+        return _shift_scale_formula(x, center, scale, offset)
+    out: Tensor = _ShiftScale.apply(x, center, scale, offset)
+    return out
+
+
+def context_rows(table: Tensor, context_ids: Tensor | int) -> Tensor:
+    """The row of ``table`` that belongs to each sample: a look-up for hard ids, a weighted mean for soft ones.
+
+    Args:
+        table: ``(T, C)``.
+        context_ids: int64 ``(N,)``, a Python int, or float weights ``(N, T)``.
+
+    Returns:
+        ``(N, C)``; ``(1, C)`` for a Python int.
+    """
+    if isinstance(context_ids, int):
+        return table[context_ids : context_ids + 1]
+    if context_ids.is_floating_point():
+        return context_ids.to(table.dtype) @ table
+    return F.embedding(context_ids, table)
+
+
+def context_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    context_ids: Tensor | int,
+    *,
+    eps: float = 1e-5,
+    feature_dim: int = -1,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Context normalization (Eq. 8): each sample by the mean and variance of its own context.
+
+    Args:
+        x: activations ``(N, ..., C)`` or ``(N, C, ...)``, floating point.
+        mean: ``(T, C)``.
+        var: ``(T, C)``, positive.
+        context_ids: int64 ``(N,)``, a Python int, or float weights ``(N, T)`` whose rows sum to one; not checked here.
+        eps: added to ``var``.
+        feature_dim: 1 for NCHW maps, -1 for tokens.
+        weight: optional affine scale ``(C,)``.
+        bias: optional affine offset ``(C,)``.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        InputTypeError: ``x`` is not floating point.
+    """
+    dtype = statistics_dtype(x, mean, var)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = context_rows(mean.to(dtype), context_ids), context_rows(var.to(dtype), context_ids)
+    return normalize_rows(x, *rows, eps=eps, feature_dim=feature_dim, weight=weight, bias=bias)
+
+
+def normalize_rows(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+    feature_dim: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Eq. 8 with the statistics of each sample already looked up: ``mean`` and ``var`` are ``(N, C)`` or ``(1, C)``."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    offset = None if bias is None else bias.to(scale.dtype).expand_as(scale)
+    return shift_scale(x, mean, scale, offset, feature_dim=feature_dim)
+
+
+def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each component over a batch, weighted by the normalised posteriors (Eqs. 7 and 9).
+
+    The weights are a softmax over the batch of ``log_tau``, so a component far from every vector still gets finite
+    statistics instead of 0/0. Differentiable in both arguments.
+
+    Args:
+        x: ``(M, C)``, float32 at least.
+        log_tau: ``(M, K)``.
+        distributed: sum over all processes of the default group.
+
+    Returns:
+        mean ``(K, C)`` and biased variance ``(K, C)``.
+    """
+    detached = log_tau.detach()
+    peak = detached.amax(dim=0) if len(detached) else detached.new_full(detached.shape[1:], -math.inf)
+    shift = x.detach().mean(dim=0) if len(x) else x.new_zeros(x.shape[1])
+    if distributed:
+        peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
+        shift = reduce_over_processes(shift, dist.ReduceOp.SUM) / dist.get_world_size()
+    weight = (log_tau - peak).exp()
+    centered = x - shift
+    total, first, second = weight.sum(dim=0), weight.T @ centered, weight.T @ centered.square()
+    if distributed:
+        total, first, second = SumOverProcesses.apply(total, first, second)
+    mean = first / total[:, None]
+    var = (second / total[:, None] - mean.square()).clamp_min(0)
+    return mean + shift, var
+
+
+def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:
+    """``sum_k coefficient_k (x - mean_k) / sqrt(var_k + eps)``: the aggregation shared by CN+ (Eq. 9) and MN (Eq. 6).
+
+    Two matrix products; no copy of ``x`` a component is made.
+
+    Args:
+        x: ``(M, C)``, float32 at least.
+        coefficient: ``(M, K)``.
+        mean: ``(K, C)``.
+        var: ``(K, C)``.
+        eps: added to ``var``.
+
+    Returns:
+        ``(M, C)``.
+    """
+    shift = mean.mean(dim=0)
+    rstd = torch.rsqrt(var + eps)
+    return (x - shift) * (coefficient @ rstd) - coefficient @ ((mean - shift) * rstd)
+
+
+def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
+    """All feature vectors of ``x`` as ``(M, C)``."""
+    return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
+
+
+def _restore(vectors: Tensor, like: Tensor, feature_dim: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        vectors = vectors * weight
+    if bias is not None:
+        vectors = vectors + bias
+    shape = like.movedim(feature_dim, -1).shape
+    out = vectors.to(like.dtype).reshape(shape).movedim(-1, feature_dim)
+    if feature_dim == 1 and like.is_contiguous() and not torch.compiler.is_compiling():
+        out = out.contiguous()
+    return out
+
+
+def context_norm_plus(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float = 1e-5,
+    feature_dim: int = -1,
+    plus_stats: str = "learned",
+    plus_scale: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """CN+ (Eq. 9): all contexts combined by their posteriors, priors 1/T, for inputs whose context is unknown.
+
+    Args:
+        x: activations ``(N, ..., C)`` or ``(N, C, ...)``.
+        mean: ``(T, C)``.
+        var: ``(T, C)``, positive.
+        eps: added to ``var``.
+        feature_dim: 1 for NCHW maps, -1 for tokens.
+        plus_stats: ``"batch"``, the paper's: each context's mean and variance re-estimated on this batch, so an output
+            depends on the rest of the batch; ``"learned"``: ``mean`` and ``var`` themselves, each vector for itself.
+        plus_scale: ``"sqrt_t"``, the paper's factor sqrt(T), which training never sees; ``"none"``.
+        weight: optional affine scale ``(C,)``.
+        bias: optional affine offset ``(C,)``.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    dtype = statistics_dtype(x, mean, var)
+    with torch.autocast(x.device.type, enabled=False):
+        vectors, mean, var = _feature_vectors(x, feature_dim).to(dtype), mean.to(dtype), var.to(dtype)
+        log_tau = log_posteriors(vectors, mean, var + eps, None)
+        if plus_stats == "batch":
+            mean, var = component_statistics(vectors, log_tau)
+        coefficient = log_tau.exp()
+        if plus_scale == "sqrt_t":
+            coefficient = coefficient * math.sqrt(mean.shape[0])
+        return _restore(mixture(vectors, coefficient, mean, var, eps=eps), x, feature_dim, weight, bias)
+
+
+def mixture_norm(
+    x: Tensor,
+    theta: Mixture,
+    *,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    feature_dim: int = -1,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    distributed: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Mixture normalization (Eqs. 5-7; Kalayeh and Shah 2019) for a given mixture, which is a constant in backward.
+
+    Args:
+        x: activations ``(N, ..., C)`` or ``(N, C, ...)``.
+        theta: the mixture: means ``(K, C)``, variances ``(K, C)``, priors ``(K,)``.
+        statistics: mean and variance of each component, ``(K, C)`` each, for evaluation; None computes them from ``x``
+            (training), and gradients flow through them.
+        eps: added to the variances under the root.
+        feature_dim: 1 for maps, -1 for tokens.
+        weight: optional affine scale ``(C,)``.
+        bias: optional affine offset ``(C,)``.
+        distributed: compute the statistics over all processes.
+
+    Returns:
+        The output, of the shape and dtype of ``x``, and the statistics that were used.
+    """
+    dtype = statistics_dtype(x, theta.mean)
+    with torch.autocast(x.device.type, enabled=False):
+        vectors = _feature_vectors(x, feature_dim).to(dtype)
+        log_tau = log_posteriors(vectors, theta.mean.detach(), theta.var.detach(), theta.prior.detach())
+        if statistics is None:
+            statistics = component_statistics(vectors, log_tau, distributed=distributed)
+        mean, var = (statistic.to(dtype) for statistic in statistics)
+        coefficient = log_tau.exp() * theta.prior.detach().to(dtype).rsqrt()
+        return _restore(mixture(vectors, coefficient, mean, var, eps=eps), x, feature_dim, weight, bias), (mean, var)

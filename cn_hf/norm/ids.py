@@ -1,0 +1,118 @@
+"""What ``context_ids`` may be, and the checks that turn it into a tensor.
+
+Shape legend: ``N`` samples, ``T`` contexts. Hard ids are int64 ``(N,)``; soft ones are float weights ``(N, T)`` whose
+rows sum to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from cn_hf.errors import ContextIdError, nearest
+
+__all__ = ["ContextIds", "resolve_context_ids"]
+
+ContextIds: TypeAlias = Tensor | int | str | Sequence[Any]
+"""An integer tensor ``(N,)``, an int or name for all samples, a list of N ids or names, or float weights ``(N, T)``."""
+
+
+def resolve_context_ids(
+    context_ids: ContextIds,
+    *,
+    num_contexts: int,
+    batch_size: int,
+    device: torch.device,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """Check ``context_ids`` and bring them to one form on ``device``.
+
+    Values on an accelerator are checked by an asynchronous assertion, so nothing waits for the device; under
+    ``torch.compile`` and ``torch.export`` only shape and dtype are checked.
+
+    Args:
+        context_ids: see ``ContextIds``.
+        num_contexts: ``T``.
+        batch_size: ``N``.
+        device: where the result goes.
+        names: names of the contexts, where they have any.
+
+    Returns:
+        int64 ``(N,)``, or float ``(N, T)`` as it was given.
+
+    Raises:
+        ContextIdError: wrong length, dtype, range, name, or weights that are not finite, not positive or do not sum to
+            one.
+    """
+    ids = _as_tensor(context_ids, names)
+    if ids.is_floating_point():
+        if ids.dim() != 2 or ids.shape[1] != num_contexts:
+            raise ContextIdError(
+                f"Soft context_ids must have shape (N, {num_contexts}), one weight a context, received "
+                f"{tuple(ids.shape)} of {ids.dtype}. Pass integer ids (N,) for hard contexts."
+            )
+    elif ids.dtype == torch.bool or ids.is_complex():
+        raise ContextIdError(f"context_ids must be integers or float weights, received {ids.dtype}.")
+    elif ids.dim() == 0:
+        ids = ids.long().expand(batch_size)
+    elif ids.dim() != 1:
+        raise ContextIdError(
+            f"Integer context_ids must have shape (N,), received {tuple(ids.shape)}; one-hot rows must be float."
+        )
+    else:
+        ids = ids.long()
+    if ids.shape[0] != batch_size:
+        raise ContextIdError(f"Received {ids.shape[0]} context_ids for a batch of {batch_size} samples; give one each.")
+    if not torch.compiler.is_compiling():
+        _check_values(ids, num_contexts)
+    return ids.to(device, non_blocking=True)
+
+
+def _as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
+    if isinstance(context_ids, Tensor):
+        return context_ids
+    if isinstance(context_ids, bool):
+        raise ContextIdError(f"context_ids must be an id, a name or a tensor, received the bool {context_ids}.")
+    if isinstance(context_ids, str):
+        return torch.tensor(_index_of(context_ids, names))
+    if isinstance(context_ids, Sequence) and any(isinstance(item, str) for item in context_ids):
+        if not all(isinstance(item, str) for item in context_ids):
+            raise ContextIdError(f"A list of context_ids is all names or all integers, received {context_ids!r}.")
+        return torch.tensor([_index_of(item, names) for item in context_ids], dtype=torch.int64)
+    if isinstance(context_ids, Sequence) and len(context_ids) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    try:
+        return torch.as_tensor(context_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ContextIdError(
+            f"context_ids must be an integer tensor (N,), float weights (N, T), an int, a name or a list of these, "
+            f"received {type(context_ids).__name__}."
+        ) from error
+
+
+def _index_of(name: str, names: Sequence[str] | None) -> int:
+    if names is None:
+        raise ContextIdError(f"Received the context name {name!r}, but these contexts have no names: pass integer ids.")
+    if name not in names:
+        raise ContextIdError(f"Unknown context {name!r}; {nearest(name, names)}")
+    return list(names).index(name)
+
+
+def _check_values(ids: Tensor, num_contexts: int) -> None:
+    if ids.is_meta or ids.numel() == 0 or torch._C._functorch.maybe_get_level(ids) != -1:
+        return
+    if ids.is_floating_point():
+        tolerance = 1e-3 if ids.dtype in (torch.float32, torch.float64) else 2e-2
+        valid = ((ids.sum(dim=1) - 1).abs() <= tolerance) & (ids >= 0).all(dim=1)
+        message = "Soft context_ids must be finite, not negative, and sum to one in each row"
+    else:
+        valid = (ids >= 0) & (ids < num_contexts)
+        message = f"context_ids must lie in 0..{num_contexts - 1}"
+    if ids.device.type != "cpu":
+        torch._assert_async(valid.all())
+    elif not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
+        raise ContextIdError(f"{message}; sample {row} has {ids[row].tolist()}.")

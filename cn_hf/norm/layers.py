@@ -1,0 +1,364 @@
+"""Normalization layers: state, and a call into ``functional``.
+
+``ContextNorm`` is CN (paper III-B, Algorithms 1 to 3, Eq. 8) with CN+ (Eq. 9) for inputs of unknown context.
+
+Shape legend: ``N`` samples, ``C`` features, ``T`` contexts, ``d`` embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cn_hf.errors import ConfigError, ContextIdError, InputShapeError, nearest
+from cn_hf.norm.em import statistics_dtype
+from cn_hf.norm.functional import context_norm_plus, context_rows, normalize_rows
+from cn_hf.norm.ids import ContextIds, resolve_context_ids
+
+__all__ = ["CHOICES", "ContextNorm", "FeatureNorm", "check_choice"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "parametrization": ("embedder", "table"),
+    "variance_activation": ("softplus", "exp"),
+    "init": ("identity", "random"),
+    "inference": ("cn", "cn+"),
+    "plus_stats": ("learned", "batch"),
+    "plus_scale": ("none", "sqrt_t"),
+}
+"""The valid values of a ``ContextNorm``'s named options, the default first where it is not stated otherwise."""
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...] | None = None) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a valid value of ``option``."""
+    choices = CHOICES[option] if choices is None else choices
+    if value not in choices:
+        raise ConfigError(f"{option}={value!r} is not valid: {nearest(str(value), choices)}")
+
+
+class FeatureNorm(nn.Module):
+    """What the layers share: a feature axis, eps, and an optional affine map after the normalization."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        feature_dim: int,
+        eps: float,
+        affine: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ConfigError(f"num_features must be at least 1, received {num_features}.")
+        if feature_dim == 0:
+            raise ConfigError("feature_dim=0 is the batch axis; use 1 for NCHW maps or -1 for tokens.")
+        if not eps > 0:
+            raise ConfigError(f"eps must be positive, received {eps}.")
+        self.num_features = num_features
+        self.feature_dim = feature_dim
+        self.eps = eps
+        self.affine = affine
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[self.feature_dim] != self.num_features:
+            raise InputShapeError(
+                f"{type(self).__name__} expects {self.num_features} features along axis {self.feature_dim} of a batch, "
+                f"received shape {tuple(x.shape)}."
+            )
+
+
+class ContextNorm(FeatureNorm):
+    r"""Context normalization: each sample by the learned mean and variance of its context (Eq. 8).
+
+    With ``parametrization="embedder"`` (the paper's) the statistics come from an embedding of the context id,
+    :math:`\alpha_r = W_r\,\mathrm{onehot}(r) + b_r`, :math:`\mu_r = W_\mu \alpha_r + b_\mu`,
+    :math:`\sigma^2_r = \rho(W_\sigma \alpha_r + b_\sigma)`; with ``"table"`` they are parameters themselves.
+
+    Args:
+        num_features: ``C``.
+        num_contexts: ``T``.
+        feature_dim: axis of the features: 1 for NCHW maps (CN-Channels), -1 for tokens (CN-Patches).
+        parametrization: ``"embedder"`` or ``"table"``.
+        embedding_dim: ``d``; default ``min(T, 64)``. Embedder only.
+        variance_activation: rho, ``"softplus"`` or ``"exp"``.
+        init: ``"identity"``, mean 0 and variance + eps 1 for every context, or ``"random"``, linear layers' own start.
+        eps: added to the variance.
+        affine: learn a scale and an offset after the normalization.
+        inference: what evaluation without ids does: ``"cn+"`` combines all contexts (Eq. 9), ``"cn"`` is an error.
+        plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
+        plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
+        device: of the parameters.
+        dtype: of the parameters; arithmetic is float32 at least whatever it is.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_contexts: int,
+        *,
+        feature_dim: int,
+        parametrization: str = "embedder",
+        embedding_dim: int | None = None,
+        variance_activation: str = "softplus",
+        init: str = "identity",
+        eps: float = 1e-5,
+        affine: bool = False,
+        inference: str = "cn+",
+        plus_stats: str = "learned",
+        plus_scale: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, feature_dim, eps, affine, device, dtype)
+        options = {
+            "parametrization": parametrization,
+            "variance_activation": variance_activation,
+            "init": init,
+            "inference": inference,
+            "plus_stats": plus_stats,
+            "plus_scale": plus_scale,
+        }
+        for option, value in options.items():
+            check_choice(option, value)
+        if num_contexts < 1:
+            raise ConfigError(f"num_contexts must be at least 1, received {num_contexts}.")
+        if init == "identity" and eps >= 1:
+            raise ConfigError(f"init='identity' needs variance + eps = 1 with a positive variance; eps is {eps}.")
+        self.num_contexts = num_contexts
+        self.parametrization = parametrization
+        self.variance_activation = variance_activation
+        self.init = init
+        self.inference = inference
+        self.plus_stats = plus_stats
+        self.plus_scale = plus_scale
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if parametrization == "embedder":
+            d = min(num_contexts, 64) if embedding_dim is None else embedding_dim
+            if d < 1:
+                raise ConfigError(f"embedding_dim must be at least 1, received {d}.")
+            self.embedding_dim: int | None = d
+            self.embedding = new(num_contexts, d)  # W_r, one row a context
+            self.embedding_bias = new(d)
+            self.mean_weight, self.mean_bias = new(num_features, d), new(num_features)
+            self.var_weight, self.var_bias = new(num_features, d), new(num_features)
+        else:
+            if embedding_dim is not None:
+                raise ConfigError("embedding_dim belongs to parametrization='embedder'; a table has none.")
+            self.embedding_dim = None
+            self.mean_table = new(num_contexts, num_features)
+            self.var_table = new(num_contexts, num_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as ``init`` says."""
+        if self.affine:
+            nn.init.ones_(cast(Tensor, self.weight))
+            nn.init.zeros_(cast(Tensor, self.bias))
+        if self.init == "random":
+            self._draw_linear()
+            return
+        if self.parametrization == "embedder":
+            self._draw_embedding()
+        one = torch.ones(self.num_features, dtype=torch.float64)
+        self.set_statistics(torch.zeros_like(one), one - self.eps)
+
+    def _draw_linear(self) -> None:
+        if self.parametrization == "table":
+            bounds = dict.fromkeys((self.mean_table, self.var_table), self.num_contexts)
+        else:
+            d = cast(int, self.embedding_dim)
+            bounds = dict.fromkeys((self.embedding, self.embedding_bias), self.num_contexts)
+            bounds |= dict.fromkeys((self.mean_weight, self.mean_bias, self.var_weight, self.var_bias), d)
+        for parameter, fan_in in bounds.items():
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def _draw_embedding(self) -> None:
+        # Orthogonal rows of length one: contexts are told apart at once, a step on W_mu moves mu_r as a step on a table
+        # would, and exact statistics can be solved for without loss of precision.
+        if self.embedding.is_meta:
+            return
+        with torch.no_grad():
+            wide = torch.empty(self.embedding.shape, dtype=torch.float32)
+            nn.init.orthogonal_(wide)
+            self.embedding.copy_(wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            self.embedding_bias.zero_()
+
+    # ----------------------------------------------------------------------------------------------------- statistics
+
+    def _storage(self) -> Tensor:
+        return self.mean_table if self.parametrization == "table" else self.mean_weight
+
+    def statistics(self, context_ids: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and variance (without eps) of all contexts, or of the given hard ids.
+
+        Args:
+            context_ids: int64 ``(N,)``, a Python int, or None for all contexts in order.
+
+        Returns:
+            mean and var, ``(T, C)``, ``(1, C)`` or ``(N, C)``, float32 at least, differentiable.
+        """
+        dtype = statistics_dtype(self._storage())
+
+        def select(table: Tensor) -> Tensor:
+            return (table if context_ids is None else context_rows(table, context_ids)).to(dtype)
+
+        if self.parametrization == "table":
+            mean, raw = select(self.mean_table), select(self.var_table)
+        else:
+            with torch.autocast(self.embedding.device.type, enabled=False):
+                alpha = select(self.embedding) + self.embedding_bias.to(dtype)
+                mean = F.linear(alpha, self.mean_weight.to(dtype), self.mean_bias.to(dtype))
+                raw = F.linear(alpha, self.var_weight.to(dtype), self.var_bias.to(dtype))
+        return mean, F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
+
+    def _inverse_activation(self, var: Tensor) -> Tensor:
+        var = var.clamp_min(1e-30)
+        if self.variance_activation == "exp":
+            return var.log()
+        return var + torch.log(-torch.expm1(-var))
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor, *, approximate: bool = False) -> None:
+        """Give contexts exact statistics.
+
+        Args:
+            mean: ``(C,)`` for all contexts, or ``(T, C)``.
+            var: variance without eps, same shape as ``mean``; not negative.
+            approximate: accept a least-squares fit where the embedder cannot hold ``T`` different rows.
+
+        Raises:
+            ConfigError: ``T`` different rows asked of an embedder with ``d < T - 1``, without ``approximate``.
+        """
+        if self._storage().is_meta:
+            return
+        mean, raw = mean.double().cpu(), self._inverse_activation(var.double().cpu())
+        if self.parametrization == "table":
+            self.mean_table.copy_(mean.expand(self.mean_table.shape))
+            self.var_table.copy_(raw.expand(self.var_table.shape))
+        elif mean.dim() == 1:
+            self.mean_weight.zero_()
+            self.var_weight.zero_()
+            self.mean_bias.copy_(mean)
+            self.var_bias.copy_(raw)
+        else:
+            self._solve_embedder(mean, raw, approximate)
+
+    def _solve_embedder(self, mean: Tensor, raw: Tensor, approximate: bool) -> None:
+        d = cast(int, self.embedding_dim)
+        if d < self.num_contexts - 1 and not approximate:
+            raise ConfigError(
+                f"An embedder of embedding_dim={d} cannot hold different statistics for {self.num_contexts} contexts "
+                f"exactly: use embedding_dim>={self.num_contexts - 1}, parametrization='table', or approximate=True."
+            )
+        target = torch.cat([mean, raw], dim=1)
+        for attempt in range(2):
+            alpha = (self.embedding + self.embedding_bias).double().cpu()
+            center = alpha.mean(dim=0)
+            weight = torch.linalg.lstsq(alpha - center, target - target.mean(dim=0), driver="gelsd").solution
+            offset = target.mean(dim=0) - center @ weight
+            error = (alpha @ weight + offset - target).abs().amax()
+            steep = weight.abs().amax() > 1e3 * (1 + target.abs().amax())
+            if attempt == 0 and d >= self.num_contexts - 1 and (steep or error > 1e-6 * (1 + target.abs().amax())):
+                self._draw_embedding()  # trained embeddings that have grown alike cannot carry different rows
+        (mean_weight, raw_weight), (mean_bias, raw_bias) = weight.T.chunk(2), offset.chunk(2)
+        for parameter, value in (
+            (self.mean_weight, mean_weight),
+            (self.var_weight, raw_weight),
+            (self.mean_bias, mean_bias),
+            (self.var_bias, raw_bias),
+        ):
+            parameter.copy_(value)
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor, context_ids: ContextIds | None = None) -> Tensor:
+        """Normalise ``x``.
+
+        Args:
+            x: ``(N, C, ...)`` or ``(N, ..., C)`` as ``feature_dim`` says, floating point.
+            context_ids: integers ``(N,)``, an int, float weights ``(N, T)``, or None (evaluation only).
+
+        Returns:
+            Tensor of the shape and dtype of ``x``.
+
+        Raises:
+            ContextIdError: ids are invalid, or missing where they are needed.
+            InputShapeError: ``x`` does not have ``num_features`` features.
+        """
+        self._check_input(x)
+        ids = None
+        if context_ids is not None:
+            ids = resolve_context_ids(
+                context_ids, num_contexts=self.num_contexts, batch_size=x.shape[0], device=x.device
+            )
+        return self.normalize(x, ids, weight=self.weight, bias=self.bias)
+
+    def normalize(
+        self, x: Tensor, ids: Tensor | None, *, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """``forward`` for ids checked already, with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+        if ids is None:
+            if self.training:
+                raise ContextIdError("Training needs context_ids: which context does each sample belong to?")
+            if self.inference == "cn":
+                raise ContextIdError("inference='cn' needs context_ids; use inference='cn+' to run without them.")
+            mean, var = self.statistics()
+            return context_norm_plus(
+                x,
+                mean,
+                var,
+                eps=self.eps,
+                feature_dim=self.feature_dim,
+                plus_stats=self.plus_stats,
+                plus_scale=self.plus_scale,
+                weight=weight,
+                bias=bias,
+            )
+        mean, var = self._rows(ids)
+        dtype = statistics_dtype(x, mean)
+        return normalize_rows(
+            x,
+            mean.to(dtype),
+            var.to(dtype),
+            eps=self.eps,
+            feature_dim=self.feature_dim,
+            weight=weight,
+            bias=bias,
+        )
+
+    def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if not ids.is_floating_point():
+            # A symbolic batch size must not be compared: the graph would be specialised to one side.
+            limit = 256 if torch.compiler.is_compiling() else len(ids)
+            if self.num_contexts > limit:
+                return self.statistics(ids)
+        mean, var = self.statistics()
+        with torch.autocast(mean.device.type, enabled=False):
+            return context_rows(mean, ids), context_rows(var, ids)
+
+    def extra_repr(self) -> str:
+        """The options shown by ``print(model)``."""
+        width = "" if self.embedding_dim is None else f", embedding_dim={self.embedding_dim}"
+        return (
+            f"{self.num_features}, num_contexts={self.num_contexts}, feature_dim={self.feature_dim}, "
+            f"parametrization={self.parametrization!r}{width}, eps={self.eps}, affine={self.affine}"
+        )

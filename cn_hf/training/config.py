@@ -1,0 +1,255 @@
+"""Everything that decides a training run, in one validated object.
+
+A ``TrainingConfig`` is what a script reads from YAML or the command line, what ``results.json`` stores, and what the
+loop in ``supervised.py`` obeys. Defaults are those of the paper's ConvNet experiments (section IV-B): RMSprop with
+momentum 0.9, batch 256, learning rate 1e-3, weight decay 1e-4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cn_hf.errors import ConfigError, nearest
+
+__all__ = ["MIXED_PRECISIONS", "OPTIMIZERS", "SCHEDULES", "TrainingConfig", "option"]
+
+OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "step")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+
+
+def option(help: str, default: Any = dataclasses.MISSING, *, section: str) -> Any:
+    """A config field that carries its one-line help text and the section it is listed under on the command line."""
+    return dataclasses.field(default=default, metadata=about(help, section))
+
+
+def about(help: str, section: str) -> dict[str, str]:
+    """The metadata of a config field."""
+    return {"help": help, "section": section}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """One training run of an image classifier.
+
+    ``batch_size`` counts the images of one optimizer step over all processes. ``mode="none"`` leaves the network as it
+    is. Every option of ``ContextNormConfig`` that has no field of its own goes into ``norm_options``.
+
+    Raises:
+        ConfigError: An option is unknown, of the wrong type or out of range. The message names the nearest valid one.
+    """
+
+    model: str = option("timm name, or transformers id or folder", section="network")
+    model_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=about("keyword arguments of the network's factory", "network")
+    )
+    pretrained: bool = option("start from the published weights", False, section="network")
+
+    dataset: tuple[str, ...] = option("load_dataset id or folder; several are blended", (), section="data")
+    train_split: str = option("split to train on", "train", section="data")
+    validation_split: str | None = option("split to validate on; else a part of train", None, section="data")
+    test_split: str = option("split to report on", "test", section="data")
+    validation_fraction: float = option("part of train kept for validation", 0.1, section="data")
+    image_column: str | None = option("image column; found by its type if not given", None, section="data")
+    label_column: str | None = option("label column; found by its type if not given", None, section="data")
+    image_size: int | None = option("side of the square images the network gets", None, section="data")
+    max_train_images: int | None = option("train on the first so many images of a shuffle", None, section="data")
+    max_test_images: int | None = option("test on the first so many images of a shuffle", None, section="data")
+    share_labels: bool = option("blended datasets share one label space", False, section="data")
+    skip_corrupt: bool = option("leave out images that cannot be read, and count them", False, section="data")
+    crop_padding: int = option("pixels of padding before the random crop", 0, section="data")
+    horizontal_flip: bool = option("mirror half of the images", False, section="data")
+
+    mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "none", section="contexts")
+    where: tuple[str, ...] = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
+    contexts: str = option("where contexts come from, e.g. column:coarse_label", "none", section="contexts")
+    num_contexts: int | None = option("number of contexts, where the source leaves it open", None, section="contexts")
+    norm_options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=about("further options of ContextNormConfig", "contexts")
+    )
+    calibrate: bool = option("set the new norms from training images first", True, section="contexts")
+    calibration_batches: int = option("batches used for that", 8, section="contexts")
+
+    epochs: int = option("passes over the training images", 100, section="training")
+    batch_size: int = option("images per step, over all processes", 256, section="training")
+    optimizer: str = option("rmsprop, sgd, adam or adamw", "rmsprop", section="training")
+    learning_rate: float = option("highest learning rate", 1e-3, section="training")
+    momentum: float = option("momentum of rmsprop and sgd", 0.9, section="training")
+    weight_decay: float = option("weight decay", 1e-4, section="training")
+    decay_context_parameters: bool = option("decay the parameters CN added, too", False, section="training")
+    decay_one_dimensional: bool = option("decay biases and norm weights, too", True, section="training")
+    optimizer_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=about("further arguments of the torch optimizer", "training")
+    )
+    schedule: str = option("constant, cosine or step", "constant", section="training")
+    warmup_epochs: float = option("epochs of linear warm-up", 0.0, section="training")
+    minimum_learning_rate: float = option("where the cosine ends", 0.0, section="training")
+    step_epochs: tuple[int, ...] = option("epochs after which the step schedule drops", (), section="training")
+    step_factor: float = option("factor of each drop", 0.1, section="training")
+    label_smoothing: float = option("label smoothing", 0.0, section="training")
+    patience: int | None = option("stop after so many epochs without a better validation", None, section="training")
+    keep_best: bool = option("end with the weights of the best validation epoch", True, section="training")
+    mixed_precision: str = option("no, fp16 or bf16", "no", section="training")
+    seed: int = option("seed of weights, data order and augmentation", 0, section="training")
+
+    baseline: bool = option("also train the same network without contexts, for the leak check", False, section="output")
+    progress: bool = option("show a progress bar", True, section="output")
+    output_dir: str | None = option("folder for checkpoint, results.json and curves", None, section="output")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerced(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        if not self.model:
+            raise ConfigError("model is empty; give a timm name or a transformers id or folder")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("mixed_precision", MIXED_PRECISIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+        self._check_ranges()
+        self._check_agreement()
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "image_size": 1, "max_train_images": 1, "max_test_images": 1, "crop_padding": 0, "num_contexts": 1,
+            "calibration_batches": 1, "epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_epochs": 0.0,
+            "minimum_learning_rate": 0.0, "patience": 1, "seed": 0,
+        }  # fmt: skip
+        for name, minimum in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+        for name in ("momentum", "validation_fraction", "label_smoothing"):
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), got {value}")
+        for name in ("learning_rate", "step_factor"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def _check_agreement(self) -> None:
+        if any(epoch < 1 for epoch in self.step_epochs) or list(self.step_epochs) != sorted(set(self.step_epochs)):
+            raise ConfigError(f"step_epochs must be positive and rising, got {list(self.step_epochs)}")
+        if self.schedule == "step" and not self.step_epochs:
+            raise ConfigError("schedule 'step' needs step_epochs, e.g. 60 80")
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}")
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"minimum_learning_rate {self.minimum_learning_rate:g} is above learning_rate {self.learning_rate:g}"
+            )
+
+    def replace(self, **changes: Any) -> TrainingConfig:
+        """A copy with some options changed, validated again."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, as JSON types."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> TrainingConfig:
+        """The config with these options; the others keep their defaults.
+
+        Raises:
+            ConfigError: An unknown option (the nearest valid one is named), or an invalid value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; {nearest(str(name), known)}")
+        if "model" not in options:
+            raise ConfigError("option 'model' is missing; give a timm name or a transformers id or folder")
+        return cls(**options)
+
+    def to_json(self) -> str:
+        """JSON text that ``from_json`` reads back to an equal config."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingConfig:
+        """The inverse of ``to_json``."""
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a training config must be JSON: {error}") from error
+        return cls.from_dict(_mapping(options))
+
+    def to_yaml(self) -> str:
+        """YAML text that ``from_yaml`` reads back to an equal config."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> TrainingConfig:
+        """The inverse of ``to_yaml``."""
+        return cls.from_dict(read_yaml_options(text))
+
+
+def read_yaml_options(text: str, *, source: str = "a training config") -> dict[str, Any]:
+    """The options that a YAML text gives, not yet validated, so that a command line can override some of them.
+
+    Raises:
+        ConfigError: The text is not YAML, or not a mapping of option names to values.
+    """
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
+    return _mapping({} if options is None else options, source=source)
+
+
+def read_options_file(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML or JSON file (JSON is YAML).
+
+    Raises:
+        ConfigError: The file cannot be read, or does not hold a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {error}") from error
+    return read_yaml_options(text, source=f"the config file {str(path)!r}")
+
+
+def _mapping(options: Any, *, source: str = "a training config") -> dict[str, Any]:
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ConfigError(f"{source} must map option names to values, got {type(options).__name__}")
+    return options
+
+
+def _coerced(name: str, value: Any, annotation: Any) -> Any:
+    """``value`` as the annotated type; lossless conversions only (YAML reads 1e-3 as text and 1 as an int)."""
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        (annotation,) = (arm for arm in typing.get_args(annotation) if arm is not types.NoneType)
+    kind = typing.get_origin(annotation) or annotation
+    if kind is tuple:
+        (item, _) = typing.get_args(annotation)
+        if isinstance(value, list | tuple):
+            return tuple(_coerced(name, entry, item) for entry in value)
+        return (_coerced(name, value, item),)
+    if kind is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", dict: "a mapping"}
+    raise ConfigError(f"option {name!r} must be {expected[kind]}, got {value!r}")
