@@ -98,10 +98,14 @@ class MixtureNorm(FeatureNorm):
             InputShapeError: ``x`` does not have ``num_features`` features, or a training batch has no vectors.
         """
         self._check_input(x)
-        return self.normalize(x, weight=self.weight, bias=self.bias)
+        return self.normalize(x)
 
-    def normalize(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """``forward`` with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+    def normalize(
+        self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """``forward``, with an affine map ``(C,)`` of the caller's where one is given; ``ids`` play no part."""
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
         theta = self._running_theta()
         if not self.training:
             running = self.running_mean, self.running_var
@@ -209,8 +213,12 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         out: Tensor = super().forward(x.movedim(self.feature_dim, 1))
         return out.movedim(1, self.feature_dim)
 
-    def normalize(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """``forward`` with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+    def normalize(
+        self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """``forward``, then an affine map ``(C,)`` of the caller's where one is given; ``ids`` play no part."""
         out = self(x).movedim(self.feature_dim, -1)
         out = out if weight is None else out * weight
-        return (out if bias is None else out + bias).movedim(-1, self.feature_dim)
+        out = out if bias is None else out + bias
+        restored: Tensor = out.movedim(-1, self.feature_dim)
+        return restored

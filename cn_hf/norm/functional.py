@@ -217,7 +217,8 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
 def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:
     """``sum_k coefficient_k (x - mean_k) / sqrt(var_k + eps)``: the aggregation shared by CN+ (Eq. 9) and MN (Eq. 6).
 
-    Two matrix products; no copy of ``x`` a component is made.
+    Two matrix products; no copy of ``x`` a component is made. What the components share is kept out of the products, so
+    that equal components give the exact result however many there are.
 
     Args:
         x: ``(M, C)``, float32 at least.
@@ -231,7 +232,9 @@ def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: f
     """
     shift = mean.mean(dim=0)
     rstd = torch.rsqrt(var + eps)
-    return (x - shift) * (coefficient @ rstd) - coefficient @ ((mean - shift) * rstd)
+    shared = rstd.mean(dim=0)
+    scale = coefficient.sum(dim=1, keepdim=True) * shared + coefficient @ (rstd - shared)
+    return (x - shift) * scale - coefficient @ ((mean - shift) * rstd)
 
 
 def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:

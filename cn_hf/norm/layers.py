@@ -310,12 +310,14 @@ class ContextNorm(FeatureNorm):
             ids = resolve_context_ids(
                 context_ids, num_contexts=self.num_contexts, batch_size=x.shape[0], device=x.device
             )
-        return self.normalize(x, ids, weight=self.weight, bias=self.bias)
+        return self.normalize(x, ids)
 
     def normalize(
         self, x: Tensor, ids: Tensor | None, *, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """``forward`` for ids checked already, with an affine map ``weight`` and ``bias`` ``(C,)`` after it."""
+        """``forward`` for ids checked already, and with an affine map ``(C,)`` of the caller's where one is given."""
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
         if ids is None:
             if self.training:
                 raise ContextIdError("Training needs context_ids: which context does each sample belong to?")
@@ -333,7 +335,7 @@ class ContextNorm(FeatureNorm):
                 weight=weight,
                 bias=bias,
             )
-        mean, var = self._rows(ids)
+        mean, var = self.rows(ids)
         dtype = statistics_dtype(x, mean)
         return normalize_rows(
             x,
@@ -345,7 +347,12 @@ class ContextNorm(FeatureNorm):
             bias=bias,
         )
 
-    def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (without eps) of each sample, ``(N, C)``, from checked hard or soft ids.
+
+        The tables of all contexts are computed once; with more contexts than samples, the samples' rows only.
+        """
+        ids = ids.to(self._storage().device)
         if not ids.is_floating_point():
             # A symbolic batch size must not be compared: the graph would be specialised to one side.
             limit = 256 if torch.compiler.is_compiling() else len(ids)

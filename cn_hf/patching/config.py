@@ -1,0 +1,136 @@
+"""The configuration of a patched model: exactly what is saved as JSON beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cn_hf.errors import ConfigError, nearest
+from cn_hf.norm.layers import CHOICES, check_choice
+
+__all__ = ["BASELINES", "MODES", "ContextNormConfig"]
+
+BASELINES = ("bn", "mn")
+MODES = ("cn-patches", "cn-channels", "cn", *BASELINES)
+INFERENCE = (*CHOICES["inference"], "predict", "average")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextNormConfig:
+    """How a model is patched and how it runs without context ids. Validates itself; round-trips through JSON.
+
+    Attributes:
+        mode: ``"cn-patches"`` (norms over the last axis of tokens), ``"cn-channels"`` (norms over axis 1 of NCHW maps),
+            ``"cn"`` (both), or a baseline: ``"bn"``, ``"mn"``.
+        num_contexts: number of contexts T; number of components K for ``"mn"``.
+        context_names: one name a context, or None.
+        where: ``"norms"``, ``"paper"``, ``"input"``, ``"embed"``, module-name patterns, or None (see ``patch_model``).
+        parametrization: ``"embedder"`` (the paper's) or ``"table"``.
+        embedding_dim: width of the embedder; None for ``min(T, 64)``.
+        variance_activation: ``"softplus"`` or ``"exp"``.
+        init: ``"identity"`` or ``"random"``.
+        eps: None for the swapped layer's own (1e-5 on inputs and embeddings); another value moves the variance so that
+            variance + eps stays.
+        affine: learn a scale and an offset after the normalization of inputs and embeddings. Swapped norms keep theirs.
+        keep_statistics: keep the per-sample standardisation of a LayerNorm and its kind before CN.
+        inference: evaluation without ids: ``"cn+"``, ``"cn"`` (an error), ``"predict"`` or ``"average"``.
+        plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
+        plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
+        momentum: of the running statistics of ``"bn"`` and ``"mn"``.
+        em_iterations: EM iterations a training step of ``"mn"``.
+        em_vectors: EM of ``"mn"`` sees at most about this many vectors of a batch.
+    """
+
+    mode: str = "cn-patches"
+    num_contexts: int = 3
+    context_names: tuple[str, ...] | None = None
+    where: str | tuple[str, ...] | None = None
+    parametrization: str = "embedder"
+    embedding_dim: int | None = None
+    variance_activation: str = "softplus"
+    init: str = "identity"
+    eps: float | None = None
+    affine: bool = False
+    keep_statistics: bool = True
+    inference: str = "cn+"
+    plus_stats: str = "learned"
+    plus_scale: str = "none"
+    momentum: float = 0.1
+    em_iterations: int = 2
+    em_vectors: int = 8192
+
+    def __post_init__(self) -> None:
+        """Check every field, and bring lists from JSON to tuples.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        check_choice("mode", self.mode, MODES)
+        check_choice("inference", self.inference, INFERENCE)
+        for option in ("parametrization", "variance_activation", "init", "plus_stats", "plus_scale"):
+            check_choice(option, getattr(self, option))
+        for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):
+            self._check_integer(option, least)
+        if self.context_names is not None:
+            self._check_names()
+        if self.where is not None and not isinstance(self.where, str):
+            object.__setattr__(self, "where", tuple(self.where))
+            if not self.where or not all(isinstance(pattern, str) for pattern in self.where):
+                raise ConfigError(f"where must be a keyword or a list of module names, received {self.where!r}.")
+        if self.eps is not None and not 0 < self.eps < 1:
+            raise ConfigError(f"eps must lie between 0 and 1, received {self.eps!r}.")
+        if not 0 < self.momentum <= 1:
+            raise ConfigError(f"momentum must lie in (0, 1], received {self.momentum!r}.")
+
+    def _check_integer(self, option: str, least: int) -> None:
+        value = getattr(self, option)
+        if value is None and option == "embedding_dim":
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{option} must be an integer of at least {least}, received {value!r}.")
+
+    def _check_names(self) -> None:
+        names = self.context_names
+        if isinstance(names, str) or names is None or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"context_names must be a list of strings, received {names!r}.")
+        object.__setattr__(self, "context_names", tuple(names))
+        if len(set(names)) != len(names):
+            raise ConfigError(f"context_names must differ from each other, received {list(names)}.")
+        if len(names) != self.num_contexts:
+            raise ConfigError(
+                f"Received {len(names)} context_names for num_contexts={self.num_contexts}; give one name a context."
+            )
+
+    def replace(self, **options: Any) -> ContextNormConfig:
+        """A copy with some options changed.
+
+        Raises:
+            ConfigError: an option is unknown or out of range.
+        """
+        return dataclasses.replace(self, **_known(options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ContextNormConfig:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ConfigError: a key is unknown or a value out of range.
+        """
+        return cls(**_known(values))
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(ContextNormConfig)]
+    for option in options:
+        if option not in fields:
+            raise ConfigError(f"Unknown option {option!r}: {nearest(option, fields)}")
+    return dict(options)

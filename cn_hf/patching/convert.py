@@ -1,0 +1,343 @@
+"""One table: norm class -> its context-aware counterpart, and back, by exact type.
+
+A slot is a module whose class has been swapped in place for a subclass made here, with the normalizer as one more
+child: parameters, buffers, hooks, flags and names stay where they were, and swapping the class back undoes it. Two
+forms (SPEC 1, "What a swap means"):
+
+- a norm with *stored* statistics (batch norms): the normalizer replaces it;
+- a norm with *per-sample* statistics (layer norms and their kin): its standardisation stays, the normalizer follows.
+
+The affine map of the norm, and a dropout and activation fused into it, come after either.
+
+Shape legend: ``N`` samples, ``C`` features; maps are ``(N, C, H, W)``, tokens ``(N, ..., C)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cn_hf.errors import PatchError
+from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.norm.em import statistics_dtype
+from cn_hf.patching.routing import ContextRouter, Swapped
+
+__all__ = ["NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
+
+Standardize = Callable[[Any, Tensor], Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def _layer_norm(norm: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
+
+
+def _group_norm(norm: Any, x: Tensor) -> Tensor:
+    return F.group_norm(x, norm.num_groups, None, None, norm.eps)
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.normalized_shape, None, norm.eps)
+
+
+def _simple_norm(norm: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.var(dim=-1, keepdim=True) + norm.eps)
+
+
+def _instance_norm(norm: Any, x: Tensor) -> Tensor:
+    return F.instance_norm(x, None, None, None, None, True, 0.0, norm.eps)
+
+
+def _on_maps(standardize: Standardize) -> Standardize:
+    def on_maps(norm: Any, x: Tensor) -> Tensor:
+        return standardize(norm, x.movedim(1, -1)).movedim(-1, 1)
+
+    return on_maps
+
+
+@dataclass(frozen=True, slots=True)
+class NormEntry:
+    """What a norm class does, as far as swapping it needs to know.
+
+    Attributes:
+        feature_dim: 1 for maps, -1 for tokens.
+        standardize: its per-sample standardisation without the affine map; None where it stores statistics.
+        fused: a dropout ``drop`` and an activation ``act`` come after the affine map.
+    """
+
+    feature_dim: int
+    standardize: Standardize | None
+    fused: bool = False
+
+    def num_features(self, norm: Any) -> int:
+        """``C`` of a norm of this class."""
+        for attribute in ("num_features", "num_channels"):
+            if hasattr(norm, attribute):
+                return int(getattr(norm, attribute))
+        if hasattr(norm, "normalized_shape"):
+            return int(norm.normalized_shape[-1])
+        return int(norm.weight.shape[0])
+
+    def refusal(self, norm: Any) -> str | None:
+        """Why this very norm cannot be swapped, or None."""
+        if self.standardize is None and norm.running_mean is None:
+            return "it keeps no running statistics (track_running_stats=False) to start from"
+        if self.standardize is _instance_norm and getattr(norm, "track_running_stats", False):
+            return "an instance norm that tracks running statistics changes its meaning in evaluation"
+        if len(getattr(norm, "normalized_shape", (1,))) != 1:
+            return f"it normalises over several axes, normalized_shape={tuple(norm.normalized_shape)}"
+        return None
+
+
+_STORED_MAPS = NormEntry(1, None)
+_STORED_MAPS_ACT = NormEntry(1, None, fused=True)
+_LAYER_MAPS, _RMS_MAPS = _on_maps(_layer_norm), _on_maps(_rms_norm)
+
+NORMS: dict[str, NormEntry] = {
+    "torch.nn.modules.batchnorm.BatchNorm1d": _STORED_MAPS,
+    "torch.nn.modules.batchnorm.BatchNorm2d": _STORED_MAPS,
+    "torch.nn.modules.batchnorm.BatchNorm3d": _STORED_MAPS,
+    "torch.nn.modules.batchnorm.SyncBatchNorm": _STORED_MAPS,
+    "timm.layers.norm_act.BatchNormAct2d": _STORED_MAPS_ACT,
+    "timm.layers.norm_act.SyncBatchNormAct": _STORED_MAPS_ACT,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": _STORED_MAPS_ACT,
+    "torch.nn.modules.normalization.LayerNorm": NormEntry(-1, _layer_norm),
+    "torch.nn.modules.normalization.RMSNorm": NormEntry(-1, _rms_norm),
+    "torch.nn.modules.normalization.GroupNorm": NormEntry(1, _group_norm),
+    "torch.nn.modules.instancenorm.InstanceNorm1d": NormEntry(1, _instance_norm),
+    "torch.nn.modules.instancenorm.InstanceNorm2d": NormEntry(1, _instance_norm),
+    "torch.nn.modules.instancenorm.InstanceNorm3d": NormEntry(1, _instance_norm),
+    "timm.layers.norm.LayerNorm": NormEntry(-1, _layer_norm),
+    "timm.layers.norm.LayerNormFp32": NormEntry(-1, _layer_norm),
+    "timm.layers.norm.LayerNorm2d": NormEntry(1, _LAYER_MAPS),
+    "timm.layers.norm.LayerNorm2dFp32": NormEntry(1, _LAYER_MAPS),
+    "timm.layers.norm.LayerNormExp2d": NormEntry(1, _LAYER_MAPS),
+    "timm.layers.norm.GroupNorm": NormEntry(1, _group_norm),
+    "timm.layers.norm.GroupNorm1": NormEntry(1, _group_norm),
+    "timm.layers.norm.RmsNorm": NormEntry(-1, _rms_norm),
+    "timm.layers.norm.RmsNormFp32": NormEntry(-1, _rms_norm),
+    "timm.layers.norm.RmsNorm2d": NormEntry(1, _RMS_MAPS),
+    "timm.layers.norm.RmsNorm2dFp32": NormEntry(1, _RMS_MAPS),
+    "timm.layers.norm.SimpleNorm": NormEntry(-1, _simple_norm),
+    "timm.layers.norm.SimpleNormFp32": NormEntry(-1, _simple_norm),
+    "timm.layers.norm.SimpleNorm2d": NormEntry(1, _on_maps(_simple_norm)),
+    "timm.layers.norm.SimpleNorm2dFp32": NormEntry(1, _on_maps(_simple_norm)),
+    "timm.layers.norm_act.LayerNormAct": NormEntry(-1, _layer_norm, fused=True),
+    "timm.layers.norm_act.LayerNormActFp32": NormEntry(-1, _layer_norm, fused=True),
+    "timm.layers.norm_act.LayerNormAct2d": NormEntry(1, _LAYER_MAPS, fused=True),
+    "timm.layers.norm_act.LayerNormAct2dFp32": NormEntry(1, _LAYER_MAPS, fused=True),
+    "timm.layers.norm_act.GroupNormAct": NormEntry(1, _group_norm, fused=True),
+    "timm.layers.norm_act.GroupNorm1Act": NormEntry(1, _group_norm, fused=True),
+    "timm.layers.norm_act.RmsNormAct": NormEntry(-1, _rms_norm, fused=True),
+    "timm.layers.norm_act.RmsNormActFp32": NormEntry(-1, _rms_norm, fused=True),
+    "timm.layers.norm_act.RmsNormAct2d": NormEntry(1, _RMS_MAPS, fused=True),
+    "timm.layers.norm_act.RmsNormAct2dFp32": NormEntry(1, _RMS_MAPS, fused=True),
+    "timm.models.metaformer.LayerNorm2dNoBias": NormEntry(1, _LAYER_MAPS),
+    "timm.models.metaformer.LayerNormNoBias": NormEntry(-1, _layer_norm),
+}
+"""Every norm class cn_hf swaps, by qualified name, so that nothing is imported to look one up."""
+
+REFUSED: dict[str, str] = {
+    "torch.nn.modules.normalization.LocalResponseNorm": "it divides by neighbouring channels; no mean or variance",
+    "timm.layers.grn.GlobalResponseNorm": "it rescales channels by each other; no mean or variance",
+    "timm.layers.split_batchnorm.SplitBatchNorm2d": "it holds several batch norms; convert it to BatchNorm2d first",
+    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "its learned threshold is part of the normalization",
+    "timm.layers.filter_response_norm.FilterResponseNormAct2d": "it is tied to its activation",
+    **{
+        f"timm.layers.evo_norm.EvoNorm2d{kind}": "it is a normalization and an activation in one formula"
+        for kind in ("B0", "B1", "B2", "S0", "S0a", "S1", "S1a", "S2", "S2a")
+    },
+}
+"""Norm-like classes that cannot be swapped, and why."""
+
+
+def qualified_name(norm_class: type) -> str:
+    """The key of ``norm_class`` in the tables."""
+    return f"{norm_class.__module__}.{norm_class.__qualname__}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the slots
+
+
+class Slot(Swapped):
+    """A module with a normalizer: what all kinds of slots share."""
+
+    normalizer: ContextNorm | FeatureBatchNorm | MixtureNorm
+    router: ContextRouter
+
+    def _normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        ids = self.router.ids_for(x)
+        if self.router.observer is not None:
+            self.router.observer(self, x, ids)
+        return self.normalizer.normalize(x, ids, weight=weight, bias=bias)
+
+    def start_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance (less the normalizer's eps) that keep the model's output; None for 0 and 1 - eps."""
+        return None
+
+    def reset_normalizer(self) -> None:
+        """Bring the normalizer to where it leaves the model's output as the original module's."""
+        if isinstance(self.normalizer, ContextNorm):
+            start = self.start_statistics()
+            if start is None:
+                one = torch.ones(self.normalizer.num_features, dtype=torch.float64)
+                start = torch.zeros_like(one), one - self.normalizer.eps
+            self.normalizer.set_statistics(*start)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = prefix + "normalizer."
+        super()._load_from_state_dict(  # type: ignore[misc]  # the swapped class's own, found by the method order
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        if keys and not any(key.startswith(own) for key in keys):
+            # A checkpoint of the plain model: start anew from what it holds. Handing the normalizer its own state keeps
+            # strict loading content; torch gives each module a copy of the dictionary, so the caller's is untouched.
+            self.reset_normalizer()
+            state_dict.update({own + name: value for name, value in self.normalizer.state_dict().items()})
+
+
+def _finish(norm: Any, y: Tensor, fused: bool) -> Tensor:
+    if fused:
+        y = norm.act(norm.drop(y))
+    return y
+
+
+class SampleNormSlot(Slot):
+    """A norm with per-sample statistics: its standardisation, then the normalizer, then its affine map."""
+
+    entry: ClassVar[NormEntry]
+    keep_statistics: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardise each sample, normalise by context, scale and shift."""
+        wide = x.to(statistics_dtype(x))
+        if self.keep_statistics and self.entry.standardize is not None:
+            wide = self.entry.standardize(self, wide)
+        y = self._normalize(wide, getattr(self, "weight", None), getattr(self, "bias", None)).to(x.dtype)
+        return _finish(self, y, self.entry.fused)
+
+
+class StoredNormSlot(Slot, nn.Module):
+    """A norm with stored statistics, which the normalizer replaces; the statistics stay for the way back.
+
+    It is no subclass of the batch norm it was: code that folds batch norms into convolutions must not find one here.
+    """
+
+    entry: ClassVar[NormEntry]
+    _version = 2  # of the batch norms' state_dict: with num_batches_tracked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise by context, scale and shift."""
+        y = self._normalize(x, self._buffer_or_parameter("weight"), self._buffer_or_parameter("bias"))
+        return _finish(self, y, self.entry.fused)
+
+    def _buffer_or_parameter(self, name: str) -> Tensor | None:
+        value = self._parameters.get(name)
+        return self._buffers.get(name) if value is None else value
+
+    @property
+    def running_mean(self) -> Tensor:
+        """Refused: code that reads it would drop the contexts."""
+        raise PatchError(self._refusal("running_mean"))
+
+    @property
+    def running_var(self) -> Tensor:
+        """Refused: code that reads it would drop the contexts."""
+        raise PatchError(self._refusal("running_var"))
+
+    def _refusal(self, name: str) -> str:
+        return (
+            f"{name} was asked of a batch norm that context normalization has replaced: it has one mean and variance a "
+            "context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
+        )
+
+    def start_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """The running statistics, adjusted where the normalizer's eps is another than the batch norm's.
+
+        Raises:
+            PatchError: the normalizer's eps is larger than a running variance + the batch norm's eps.
+        """
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        if mean is None or var is None or mean.is_meta:
+            return None
+        return mean.double(), adjusted_variance(var, float(self.__dict__["eps"]), self.normalizer.eps)
+
+    def extra_repr(self) -> str:
+        """The options shown by ``print(model)``."""
+        return f"replaces {self.original_class.__name__}"
+
+
+def adjusted_variance(var: Tensor, own_eps: float, eps: float) -> Tensor:
+    """``var + own_eps - eps`` in float64: the variance that keeps the sum under another eps.
+
+    Raises:
+        PatchError: it would be negative.
+    """
+    adjusted = var.double() + (own_eps - eps)
+    if bool((adjusted < 0).any()):
+        raise PatchError(
+            f"eps={eps} is larger than the layer's smallest running variance + eps, {float(var.min()) + own_eps:.3g}, "
+            "so the sum cannot be kept; pass a smaller eps, or none for the layer's own."
+        )
+    return adjusted
+
+
+class InputSlot(Slot):
+    """A module, usually the first convolution, whose input is normalised before it sees it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Normalise the input by context, then do what the module does."""
+        return super().forward(self._normalize(x), *args, **kwargs)  # type: ignore[misc]  # the swapped class's own
+
+
+class OutputSlot(Slot):
+    """A module, usually the patch embedding, whose output is normalised."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the module does, then normalise the result by context."""
+        return self._normalize(super().forward(*args, **kwargs))  # type: ignore[misc]  # the swapped class's own
+
+
+ROLES: dict[str, type[Slot]] = {"input": InputSlot, "output": OutputSlot}
+
+
+def slot_class(role: str, base: Any) -> type[nn.Module]:
+    """The class that makes a slot of a module of class ``base``.
+
+    Args:
+        role: ``"norm"`` for a norm in the table, ``"input"`` or ``"output"`` for any module.
+        base: the module's class.
+    """
+    return _slot_class(role, base)
+
+
+@cache
+def _slot_class(role: str, base: Any) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "original_class": base,
+        "recipe": (slot_class, (role, base)),
+    }
+    if role != "norm":
+        return type(f"{base.__name__}WithContext{role.capitalize()}", (ROLES[role], base), namespace)
+    namespace["entry"] = entry = NORMS[qualified_name(base)]
+    bases = (StoredNormSlot,) if entry.standardize is None else (SampleNormSlot, base)
+    return type(f"Context{base.__name__}", bases, namespace)

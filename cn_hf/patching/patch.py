@@ -1,0 +1,327 @@
+"""``patch_model`` and its way back: swap slots of a model in place, wholly or not at all."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from cn_hf.errors import CnHfError, ConfigError, InputTypeError, PatchError
+from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.patching.config import BASELINES, ContextNormConfig
+from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
+from cn_hf.patching.placement import Target, find_targets
+from cn_hf.patching.routing import ContextRouter, RoutedModel, apply_inference, routed_class, router_of, swap_class
+
+__all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel")
+
+
+def patch_model(
+    model: nn.Module,
+    mode: str = "cn-patches",
+    *,
+    num_contexts: int = 3,
+    where: str | Sequence[str] | None = None,
+    context_names: Sequence[str] | None = None,
+    config: ContextNormConfig | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Make a model context-aware, in place: its ``forward`` takes ``context_ids`` as one more keyword.
+
+    Right after patching (default ``init``) the evaluation output equals the original's for every context and without
+    ids.
+
+    Args:
+        model: a timm, transformers or any other module, not wrapped and not compiled yet.
+        mode: ``"cn-patches"``, ``"cn-channels"``, ``"cn"`` (both), or a baseline, ``"bn"`` or ``"mn"``.
+        num_contexts: number of contexts (components for ``"mn"``).
+        where: ``"norms"``, every norm layer of the mode's kind; ``"paper"``, the paper's placement; ``"input"``;
+            ``"embed"``; module-name patterns (full name, suffix or regular expression); None for ``"norms"`` where the
+            model has any of that kind (cn modes), else ``"paper"``.
+        context_names: names of the contexts; sets their number too.
+        config: a whole configuration; the arguments and options given beside it replace its fields.
+        **options: further fields of ``ContextNormConfig``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        InputTypeError: ``model`` is not a module, or wrapped, compiled or scripted.
+        PatchError: nothing matches, a pattern matches nothing, or the model is patched already. The model is unchanged.
+    """
+    _check_model(model)
+    config = _build_config(config, mode, num_contexts, where, context_names, options)
+    targets = find_targets(model, config)
+    _check_targets(model, targets)
+    new_root = routed_class(type(model))
+    router = ContextRouter(config)
+    router.root = weakref.ref(model)
+    normalizers = [_build_normalizer(model, target, config) for target in targets]
+    unseen = [target.name for target in targets if _never_saw_data(target)]
+
+    try:
+        for target, normalizer in zip(targets, normalizers, strict=True):
+            _install(target, normalizer, router, config)
+        model.router = router  # type: ignore[assignment]  # the attribute of a routed model
+        swap_class(model, new_root)
+    except BaseException:
+        for target in targets:
+            if isinstance(target.module, Slot):
+                restore_slot(target.module)
+        model.__dict__.pop("router", None)
+        raise
+    apply_inference(model, config)
+    _set_fast_paths(model)
+    if unseen and config.mode not in BASELINES:
+        warnings.warn(
+            f"{len(unseen)} batch norms (first: {unseen[0]}) never saw data, so their contexts start from mean 0 and "
+            "variance 1; call calibrate(model, batches) before training.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"patch_model expects a torch.nn.Module, received {type(model).__name__}.")
+    if type(model).__name__ in WRAPPERS or isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError(
+            f"patch_model expects the model itself, received a {type(model).__name__}: patch first, then wrap, compile "
+            "or script it."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (RoutedModel, Slot)):
+            raise PatchError(
+                f"{name or type(model).__name__} is already patched; call unpatch_model on the patched model first."
+            )
+
+
+def _build_config(
+    config: ContextNormConfig | None,
+    mode: str,
+    num_contexts: int,
+    where: str | Sequence[str] | None,
+    context_names: Sequence[str] | None,
+    options: dict[str, Any],
+) -> ContextNormConfig:
+    base = ContextNormConfig() if config is None else config
+    if not isinstance(base, ContextNormConfig):
+        raise InputTypeError(f"config must be a ContextNormConfig, received {type(base).__name__}.")
+    given: dict[str, Any] = dict(options)
+    default = ContextNormConfig()
+    for name, value in (("mode", mode), ("num_contexts", num_contexts), ("where", where)):
+        if value != getattr(default, name):
+            given[name] = value
+    if context_names is not None:
+        if isinstance(context_names, str):
+            raise ConfigError(f"context_names must be a list of names, received the string {context_names!r}.")
+        given["context_names"] = tuple(context_names)
+        given.setdefault("num_contexts", len(given["context_names"]))
+    return base.replace(**given)
+
+
+def _check_targets(model: nn.Module, targets: list[Target]) -> None:
+    for target in targets:
+        if target.module is model:
+            raise PatchError(
+                f"{type(model).__name__} is itself the layer to be swapped: use cn_hf.ContextNorm directly, or wrap it "
+                "in nn.Sequential."
+            )
+        for attribute in ("normalizer", "router"):
+            if hasattr(target.module, attribute):
+                raise PatchError(f"{target.name} has an attribute {attribute!r} of its own, which a slot needs.")
+    if hasattr(model, "router"):
+        raise PatchError(f"{type(model).__name__} has an attribute 'router' of its own, which a patched model needs.")
+
+
+# ---------------------------------------------------------------------------------------------------------- installing
+
+
+def _place(model: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device of the slot's tensors, and float32, or float64 in a double model: half loses what identity needs."""
+    for owner in (module, model):
+        for tensor in (*owner.parameters(), *owner.buffers()):
+            if tensor.is_floating_point():
+                return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
+    return torch.device("cpu"), torch.float32
+
+
+def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfig) -> nn.Module:
+    own_eps = getattr(target.module, "eps", None) if target.role == "norm" else 1e-5
+    own_eps = 1e-6 if own_eps is None else float(own_eps)
+    eps = own_eps if config.eps is None else config.eps
+    device, dtype = _place(model, target.module)
+    common: dict[str, Any] = {
+        "feature_dim": target.feature_dim,
+        "eps": eps,
+        "affine": config.affine and target.role != "norm",
+        "device": device,
+        "dtype": dtype,
+    }
+    try:
+        if config.mode == "bn":
+            return FeatureBatchNorm(target.num_features, momentum=config.momentum, **common)
+        if config.mode == "mn":
+            return MixtureNorm(
+                target.num_features,
+                config.num_contexts,
+                momentum=config.momentum,
+                em_iterations=config.em_iterations,
+                max_vectors=config.em_vectors,
+                **common,
+            )
+        _check_stored_eps(target, own_eps, eps, config)
+        return ContextNorm(
+            target.num_features,
+            config.num_contexts,
+            parametrization=config.parametrization,
+            embedding_dim=config.embedding_dim,
+            variance_activation=config.variance_activation,
+            init=config.init,
+            **common,
+        )
+    except CnHfError as error:
+        raise type(error)(f"{target.name}: {error}") from error
+
+
+def _check_stored_eps(target: Target, own_eps: float, eps: float, config: ContextNormConfig) -> None:
+    if config.init == "identity" and eps != own_eps and _is_stored(target):
+        adjusted_variance(cast(Tensor, target.module.running_var), own_eps, eps)
+
+
+def _is_stored(target: Target) -> bool:
+    return target.role == "norm" and NORMS[qualified_name(type(target.module))].standardize is None
+
+
+def _never_saw_data(target: Target) -> bool:
+    tracked = getattr(target.module, "num_batches_tracked", None)
+    return _is_stored(target) and isinstance(tracked, Tensor) and not tracked.is_meta and int(tracked) == 0
+
+
+def _install(target: Target, normalizer: nn.Module, router: ContextRouter, config: ContextNormConfig) -> None:
+    module = target.module
+    is_stored = _is_stored(target)
+    normalizer.train(module.training)
+    if is_stored and isinstance(normalizer, FeatureBatchNorm):
+        normalizer.load_state_dict(dict(module.named_buffers(recurse=False)), strict=False)
+    swap_class(module, slot_class(target.role, type(module)))
+    module.add_module("normalizer", normalizer)
+    module.router = router  # type: ignore[assignment]  # the attribute of a slot
+    if target.role == "norm" and not is_stored:
+        module.keep_statistics = config.keep_statistics and config.mode not in BASELINES  # type: ignore[assignment]
+    if is_stored and config.init == "identity":
+        cast(Slot, module).reset_normalizer()
+
+
+def _set_fast_paths(model: nn.Module) -> None:
+    # torch's encoder layer reads the weights of its norms in evaluation and never calls them; this flag makes it call.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, Slot) for m in module.children()):
+            module.cn_hf_fast_path = module.activation_relu_or_gelu  # type: ignore[assignment]
+            module.activation_relu_or_gelu = 0
+
+
+# -------------------------------------------------------------------------------------------------------- the way back
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Give a patched model its original modules back, in place: bit-equal if nothing was trained.
+
+    Affine weights stay as trained; what the contexts learned is dropped.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    router_of(model)
+    for module in list(model.modules()):
+        if isinstance(module, Slot):
+            restore_slot(module)
+        if hasattr(module, "cn_hf_fast_path"):
+            module.activation_relu_or_gelu = module.cn_hf_fast_path
+            del module.cn_hf_fast_path
+    restore_root(model)
+    return model
+
+
+def restore_slot(slot: Slot) -> nn.Module:
+    """Make a slot the module it was."""
+    module = cast(nn.Module, slot)
+    for attribute in ("normalizer", "router", "keep_statistics"):
+        if attribute in module.__dict__ or attribute in module._modules:
+            delattr(module, attribute)
+    swap_class(module, slot.original_class)
+    return module
+
+
+def restore_root(model: nn.Module) -> None:
+    """Make the root of a patched model the class it was."""
+    del model.router
+    swap_class(model, cast(RoutedModel, model).original_class)
+
+
+# ----------------------------------------------------------------------------------------------------------- reporting
+
+
+class SlotReport(NamedTuple):
+    """One slot of a patched model."""
+
+    name: str
+    old_class: str
+    new_class: str
+    num_features: int
+
+
+class PatchReport(list[SlotReport]):
+    """The slots of a patched model, printed as a table."""
+
+    def __str__(self) -> str:
+        """One line a slot."""
+        rows = [("slot", "was", "is", "features"), *((r[0], r[1], r[2], str(r[3])) for r in self)]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def named_slots(model: nn.Module) -> list[tuple[str, Slot]]:
+    """Names and slots of a patched model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    router_of(model)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Slot)]
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """List the slots of a patched model: name, old class, new class, features.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    return PatchReport(
+        SlotReport(name, slot.original_class.__name__, type(slot).__name__, slot.normalizer.num_features)
+        for name, slot in named_slots(model)
+    )
+
+
+def context_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters CN added, for parameter groups (no weight decay) and norms-only checkpoints.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    return [parameter for _, slot in named_slots(model) for parameter in slot.normalizer.parameters()]

@@ -1,0 +1,251 @@
+"""Where: which slots of a model are meant by a mode and a ``where``.
+
+Finding never changes a model. timm and transformers are met by the structure of their modules: timm's ``first_conv`` and
+``patch_embed``, transformers' ``...PatchEmbeddings``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cn_hf.errors import PatchError, nearest
+from cn_hf.patching.config import BASELINES, ContextNormConfig
+from cn_hf.patching.convert import NORMS, REFUSED, NormEntry, qualified_name
+
+__all__ = ["Target", "find_targets"]
+
+KEYWORDS = ("norms", "paper", "input", "embed")
+FEATURE_DIMS = {"cn-patches": (-1,), "cn-channels": (1,), "cn": (1, -1), "bn": (1, -1), "mn": (1, -1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One slot-to-be: a module, what part of it is meant, and along which axis its features lie."""
+
+    name: str
+    module: nn.Module
+    role: str  # "norm", "input" or "output"
+    num_features: int
+    feature_dim: int
+
+
+def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
+    """The slots that ``config`` means, in the order of ``named_modules``.
+
+    Args:
+        model: any module.
+        config: its ``mode`` and ``where`` are used.
+
+    Returns:
+        At least one target.
+
+    Raises:
+        PatchError: nothing matches, a pattern matches nothing, or a named module cannot be swapped.
+    """
+    where = config.where
+    if where is None:
+        where = "paper" if config.mode in BASELINES or not _norms(model, config.mode) else "norms"
+    if not isinstance(where, str):
+        return _by_pattern(model, config.mode, where)
+    if where not in KEYWORDS:
+        return _by_pattern(model, config.mode, (where,))
+    if where == "paper":
+        where = {"cn-patches": "embed", "cn-channels": "input", "bn": "input", "cn": "both", "mn": "third"}[config.mode]
+    if where == "third":
+        return _third_batch_norm(model)
+    if where == "both":
+        return [*_input(model, config.mode), *_embed(model, config.mode)]
+    if where == "norms":
+        return _all_norms(model, config.mode)
+    return _input(model, config.mode) if where == "input" else _embed(model, config.mode)
+
+
+# --------------------------------------------------------------------------------------------------------------- norms
+
+
+def _entry(module: nn.Module) -> NormEntry | None:
+    return NORMS.get(qualified_name(type(module)))
+
+
+def _norms(model: nn.Module, mode: str) -> list[Target]:
+    """Norms of the mode's kind; the baselines mean batch norms only."""
+    targets = []
+    for name, module in model.named_modules():
+        entry = _entry(module)
+        if entry is None or entry.feature_dim not in FEATURE_DIMS[mode]:
+            continue
+        if mode in BASELINES and entry.standardize is not None:
+            continue
+        if entry.refusal(module) is None:
+            targets.append(Target(name, module, "norm", entry.num_features(module), entry.feature_dim))
+    return targets
+
+
+def _all_norms(model: nn.Module, mode: str) -> list[Target]:
+    targets = _norms(model, mode)
+    left_out = _left_out(model, mode)
+    words = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in left_out[:5])
+    if len(left_out) > 5:
+        words += f"; and {len(left_out) - 5} more"
+    if not targets:
+        kinds = {1: "maps (NCHW)", -1: "tokens (features last)"}
+        kind = "batch norms" if mode in BASELINES else " or ".join(kinds[dim] for dim in FEATURE_DIMS[mode])
+        raise PatchError(
+            f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}). {words or _inventory(model)}"
+        )
+    if left_out:
+        warnings.warn(f"Norm layers left as they are: {words}.", UserWarning, stacklevel=4)
+    return targets
+
+
+def _left_out(model: nn.Module, mode: str) -> list[tuple[str, str]]:
+    left_out = []
+    for name, module in model.named_modules():
+        key, entry = qualified_name(type(module)), _entry(module)
+        if key in REFUSED:
+            left_out.append((name, f"{type(module).__name__}, {REFUSED[key]}"))
+        elif entry is not None and entry.feature_dim in FEATURE_DIMS[mode]:
+            reason = entry.refusal(module)
+            if reason is not None:
+                left_out.append((name, f"{type(module).__name__}, {reason}"))
+        elif entry is None and type(module).__name__.endswith("Norm") and not list(module.children()):
+            left_out.append((name, f"{key} is not a norm class cn_hf knows"))
+    return left_out
+
+
+def _inventory(model: nn.Module) -> str:
+    found = sorted({type(m).__name__ for m in model.modules() if _entry(m) is not None})
+    return f"Its norm layers: {', '.join(found)}." if found else "It has no norm layer at all."
+
+
+def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Target]:
+    modules = dict(model.named_modules())
+    meant: dict[str, None] = {}
+    for pattern in patterns:
+        names = [name for name in modules if name and _matches(name, pattern)]
+        norms = [name for name in names if _entry(modules[name]) is not None]
+        if not names:
+            hint = nearest(pattern, [name for name, module in modules.items() if _entry(module) is not None][:50])
+            raise PatchError(
+                f"where={pattern!r} is no keyword ({', '.join(KEYWORDS)}) and matches no module of {type(model).__name__} "
+                f"by full name, suffix or regular expression; {hint}"
+            )
+        if not norms:
+            raise PatchError(f"where={pattern!r} matches {_describe(modules, names)}, no norm layer cn_hf can swap.")
+        meant.update(dict.fromkeys(norms))
+    return [_named_norm(name, modules[name], mode) for name in modules if name in meant]
+
+
+def _describe(modules: dict[str, nn.Module], names: list[str]) -> str:
+    name = names[0]
+    key = qualified_name(type(modules[name]))
+    reason = f" ({REFUSED[key]})" if key in REFUSED else ""
+    return f"{name}, a {type(modules[name]).__name__}{reason}"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _named_norm(name: str, module: nn.Module, mode: str) -> Target:
+    entry = NORMS[qualified_name(type(module))]
+    reason = entry.refusal(module)
+    if reason is not None:
+        raise PatchError(f"{name} ({type(module).__name__}) cannot be swapped: {reason}.")
+    if entry.feature_dim not in FEATURE_DIMS[mode]:
+        other = "cn-channels" if entry.feature_dim == 1 else "cn-patches"
+        raise PatchError(
+            f"{name} ({type(module).__name__}) has its features along axis {entry.feature_dim}, which mode={mode!r} does "
+            f"not mean; use mode={other!r} or mode='cn'."
+        )
+    return Target(name, module, "norm", entry.num_features(module), entry.feature_dim)
+
+
+def _third_batch_norm(model: nn.Module) -> list[Target]:
+    names = dict(model.named_children())
+    norm = names.get("bn3")
+    is_convnet = {"conv3", "bn1", "bn2", "bn4"} <= names.keys()
+    entry = None if norm is None else _entry(norm)
+    if norm is None or entry is None or entry.standardize is not None or not is_convnet:
+        raise PatchError(
+            f"mode='mn' at where='paper' means the third batch norm of the CIFAR ConvNet; {type(model).__name__} is "
+            "another model: name the slots, e.g. where=['layer1.0.bn1'], or take all batch norms, where='norms'."
+        )
+    return [_named_norm("bn3", norm, "mn")]
+
+
+# ------------------------------------------------------------------------------------------------ inputs and embeddings
+
+
+def _input(model: nn.Module, mode: str) -> list[Target]:
+    if mode == "cn-patches":
+        raise PatchError(
+            "where='input' normalises the channels of images: use mode='cn-channels' (or where='embed' for patches)."
+        )
+    modules = dict(model.named_modules())
+    found = [(name, module) for name in _first_names(model) if (module := _first_layer(modules.get(name))) is not None]
+    if not found:
+        found = [(name, module) for name, module in modules.items() if _is_layer(module)][:1]
+    if not found:
+        raise PatchError(f"{type(model).__name__} has no convolution or linear layer that could receive an input.")
+    names = {id(module): name for name, module in modules.items()}
+    return [_input_target(names[id(module)], module) for _, module in found]
+
+
+def _first_names(model: nn.Module) -> list[str]:
+    """Names of the modules that receive the image, as timm's configs give them."""
+    for prefix, module in model.named_modules():
+        config = getattr(module, "pretrained_cfg", None)
+        first = config.get("first_conv") if isinstance(config, dict) else None
+        if first:
+            names = [first] if isinstance(first, str) else list(first)
+            return [f"{prefix}.{name}" if prefix else name for name in names]
+    return []
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+
+
+def _first_layer(module: nn.Module | None) -> nn.Module | None:
+    return None if module is None else next((m for m in module.modules() if _is_layer(m)), None)
+
+
+def _input_target(name: str, module: nn.Module) -> Target:
+    if isinstance(module, nn.Linear):
+        return Target(name, module, "input", module.in_features, -1)
+    return Target(name, module, "input", int(module.in_channels), 1)  # type: ignore[arg-type]  # a convolution's int
+
+
+def _embed(model: nn.Module, mode: str) -> list[Target]:
+    if mode == "cn-channels":
+        raise PatchError(
+            "where='embed' normalises patch tokens: use mode='cn-patches' (or where='input' for channels)."
+        )
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if last == "patch_embed" or type(module).__name__.endswith(("PatchEmbed", "PatchEmbeddings")):
+            projection = next((m for m in (getattr(module, a, None) for a in ("proj", "projection")) if m), None)
+            if isinstance(projection, (nn.Conv2d, nn.Linear)):
+                return [_embed_target(name, module, projection)]
+    raise PatchError(
+        f"{type(model).__name__} has no patch embedding with a projection that cn_hf knows; use where='norms', or name "
+        "norm layers."
+    )
+
+
+def _embed_target(name: str, module: nn.Module, projection: nn.Conv2d | nn.Linear) -> Target:
+    features = projection.out_features if isinstance(projection, nn.Linear) else projection.out_channels
+    layout = getattr(getattr(module, "output_fmt", None), "value", "NHWC")
+    maps = not getattr(module, "flatten", True) and layout == "NCHW"
+    return Target(name, module, "output", features, 1 if maps else -1)

@@ -1,0 +1,413 @@
+"""How ``context_ids`` travel from ``forward()`` to the layers.
+
+The root of a patched model gets a subclass of its own class whose ``forward`` names ``context_ids`` after the original
+parameters. It checks the ids once, leaves them in the model's ``ContextRouter``, and the slots read them there. Each
+model has its own router; a call's ids are taken away when the call ends, however it ends.
+
+Shape legend: ``N`` samples, ``T`` contexts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
+from cn_hf.norm import ContextNorm
+from cn_hf.norm.ids import ContextIds, resolve_context_ids
+from cn_hf.norm.layers import check_choice
+from cn_hf.patching.config import BASELINES, INFERENCE, ContextNormConfig
+
+__all__ = ["ContextRouter", "RoutedModel", "Swapped", "router_of", "set_inference", "swap_class", "use_contexts"]
+
+
+# ------------------------------------------------------------------------------------------------------ swapped classes
+
+
+class Swapped:
+    """A module whose class was swapped in place for a subclass made at run time; pickles by how that class was made."""
+
+    original_class: ClassVar[type[nn.Module]]
+    recipe: ClassVar[tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the recipe of the class instead of the class, which no module contains."""
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        return (_rebuild, self.recipe, *reduced[2:])
+
+
+def _rebuild(make: Callable[..., type[nn.Module]], arguments: tuple[Any, ...]) -> nn.Module:
+    new_class = make(*arguments)
+    return new_class.__new__(new_class)
+
+
+def swap_class(module: nn.Module, new_class: type[nn.Module]) -> None:
+    """Give ``module`` another class in place: parameters, buffers, hooks, flags and names stay."""
+    module.__class__ = new_class
+
+
+# ------------------------------------------------------------------------------------------------------------ the router
+
+
+class ContextSourceLike(Protocol):
+    """What ``"predict"`` needs of a context source."""
+
+    num_contexts: int
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Context ids ``(N,)`` of uint8 images ``(N, C, H, W)``."""
+
+
+class ContextRouter:
+    """What the layers of one patched model share: the config, and the ids of the call that is running.
+
+    Attributes:
+        config: the model's configuration.
+        ids: checked ids of the running call, or None.
+        default: ids of the enclosing ``use_contexts``, or None.
+        source: a context source for ``"predict"``, or None.
+        pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
+        pixel_std: standard deviation they were divided by.
+        observer: called with (slot, input, ids) before a slot normalises; used by ``calibrate``.
+    """
+
+    def __init__(self, config: ContextNormConfig) -> None:
+        self.config = config
+        self.ids: Tensor | None = None
+        self.default: Tensor | None = None
+        self.source: ContextSourceLike | None = None
+        self.pixel_mean: tuple[float, ...] = (0.0,)
+        self.pixel_std: tuple[float, ...] = (1.0,)
+        self.observer: Callable[[Any, Tensor, Tensor | None], None] | None = None
+        self.root: weakref.ref[nn.Module] | None = None
+
+    def ids_for(self, x: Tensor) -> Tensor | None:
+        """The running call's ids for a tensor whose leading dimension is ``N`` or, batch-major, a multiple of it.
+
+        Raises:
+            ContextIdError: the leading dimension is no multiple of ``N``.
+        """
+        ids = self.default if self.ids is None else self.ids
+        if ids is None or ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
+            return ids
+        if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)}, whose leading dimension is "
+                "no multiple of the batch size; this layer cannot be given contexts."
+            )
+        return ids.repeat_interleave(x.shape[0] // ids.shape[0], dim=0)
+
+    def resolve(self, context_ids: ContextIds, batch_size: int, device: torch.device) -> Tensor:
+        """``resolve_context_ids`` with this model's contexts."""
+        return resolve_context_ids(
+            context_ids,
+            num_contexts=self.config.num_contexts,
+            batch_size=batch_size,
+            device=device,
+            names=self.config.context_names,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextRouter:
+        """A copied model gets a router of its own; a part copied alone stays wired to the model it came from."""
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) not in memo:
+            return self
+        copied = ContextRouter(self.config)
+        copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
+        if root is not None:
+            copied.root = weakref.ref(memo[id(root)])
+        memo[id(self)] = copied
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles: not the running call, and the root only through its own ``__setstate__``."""
+        return self.__dict__ | {"ids": None, "default": None, "observer": None, "root": None}
+
+
+def router_of(model: nn.Module) -> ContextRouter:
+    """The router of a patched model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    if not isinstance(model, RoutedModel):
+        raise PatchError(
+            f"{type(model).__name__} is not a patched model: call patch_model(model, ...) first, and pass the model "
+            "itself rather than a wrapper (model.module of DDP, model._orig_mod of torch.compile)."
+        )
+    return model.router
+
+
+# ------------------------------------------------------------------------------------------------------- the root's class
+
+
+class RoutedModel(Swapped):
+    """The root of a patched model: its own class, with ``context_ids`` as one more keyword of ``forward``."""
+
+    router: ContextRouter
+
+    @property
+    def context_config(self) -> ContextNormConfig:
+        """How the model was patched and how it runs without ids."""
+        return self.router.config
+
+    def no_weight_decay(self) -> set[str]:
+        """Names timm's optimizers give no weight decay: the model's own and the parameters CN added."""
+        inherited = getattr(super(), "no_weight_decay", None)
+        names = set() if inherited is None else set(inherited())
+        for name, module in self.named_modules():  # type: ignore[attr-defined]  # of the model's own class
+            if isinstance(module, ContextNorm):
+                names |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        return names
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, and wire the router to the new object."""
+        super().__setstate__(state)  # type: ignore[misc]  # of nn.Module
+        self.router.root = weakref.ref(self)  # type: ignore[arg-type]  # the combined class is a module
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise PatchError(
+            "nn.DataParallel runs replicas of a model in threads, which cannot each have their own context ids: "
+            "use torch.nn.parallel.DistributedDataParallel (accelerate launch)."
+        )
+
+
+def routed_class(base: Any) -> type[nn.Module]:
+    """The subclass of the module class ``base`` that routes context ids, under the same name.
+
+    Raises:
+        PatchError: ``base.forward`` has a parameter ``context_ids`` of its own.
+    """
+    return _routed_class(base)
+
+
+@cache
+def _routed_class(base: Any) -> type[nn.Module]:
+    signature = inspect.signature(base.forward)
+    if "context_ids" in signature.parameters:
+        raise PatchError(f"{base.__name__}.forward already takes context_ids; cn_hf cannot add the keyword.")
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter(
+        "context_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="ContextIds | None"
+    )
+    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(at, extra)
+
+    def forward(self: Any, *args: Any, context_ids: ContextIds | None = None, **kwargs: Any) -> Any:
+        return _route(self, base.forward, args, kwargs, context_ids)
+
+    forward.__doc__ = base.forward.__doc__
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    forward.__qualname__ = f"{base.__qualname__}.forward"
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "original_class": base,
+        "recipe": (routed_class, (base,)),
+        "forward": forward,
+    }
+    return type(base.__name__, (RoutedModel, base), namespace)
+
+
+# ----------------------------------------------------------------------------------------------------------- one forward
+
+
+def _route(
+    model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ids: ContextIds | None
+) -> Any:
+    router: ContextRouter = model.router
+    config = router.config
+    if config.mode in BASELINES:
+        return forward(model, *args, **kwargs)
+    first = _first_tensor(args, kwargs)
+    if ids is None and router.default is not None:
+        ids = router.default[0] if router.default.dim() == 1 and len(router.default) == 1 else router.default
+    if ids is not None:
+        resolved = router.resolve(ids, first.shape[0], first.device)
+        return _run(router, lambda: forward(model, *args, **kwargs), resolved)
+    if model.training:
+        raise ContextIdError(
+            "Training needs context_ids: pass model(..., context_ids=ids), one id a sample "
+            "(see use_contexts for calls that cannot take the keyword)."
+        )
+    if config.inference == "cn":
+        raise ContextIdError(
+            'inference="cn" needs context_ids: pass model(..., context_ids=ids), or call set_inference(model, "cn+").'
+        )
+    if config.inference == "average":
+        return _average(router, lambda: forward(model, *args, **kwargs), first, kwargs.get("labels"))
+    resolved_or_none = _predict(router, first) if config.inference == "predict" else None
+    return _run(router, lambda: forward(model, *args, **kwargs), resolved_or_none)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    raise InputTypeError("A patched model needs a batch: no tensor was among the arguments of forward.")
+
+
+def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None) -> Any:
+    previous = router.ids
+    router.ids = ids
+    try:
+        output = call()
+    finally:
+        router.ids = previous
+    if ids is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _restore_in_backward(router, output, ids)
+    return output
+
+
+def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> None:
+    # Activation checkpointing runs the layers again during backward. Each call's ids must be there while its own part
+    # of the graph runs, which begins at the call's outputs, and be gone afterwards.
+    def reset() -> None:
+        router.ids = None
+
+    def restore(grad: Tensor) -> None:
+        router.ids = ids
+        torch.autograd.Variable._execution_engine.queue_callback(reset)
+
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(restore)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _predict(router: ContextRouter, images: Tensor) -> Tensor:
+    if router.source is None:
+        raise ContextIdError(
+            'inference="predict" has no context source: call set_inference(model, "predict", source=fitted_source).'
+        )
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(router.pixel_mean, device=images.device).view(shape)
+    std = torch.tensor(router.pixel_std, device=images.device).view(shape)
+    pixels = ((images.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return router.resolve(router.source.predict(pixels), images.shape[0], images.device)
+
+
+def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labels: Tensor | None) -> Any:
+    log_probabilities: Tensor | None = None
+    output: Any = None
+    for context in range(router.config.num_contexts):
+        output = _run(router, call, torch.full((first.shape[0],), context, device=first.device))
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise InputTypeError(
+                f'inference="average" needs logits: forward returned {type(output).__name__} without them.'
+            )
+        log_probability = F.log_softmax(logits.float(), dim=-1)
+        if log_probabilities is None:
+            log_probabilities = log_probability
+        else:
+            log_probabilities = torch.logaddexp(log_probabilities, log_probability)
+    mean = cast(Tensor, log_probabilities) - math.log(router.config.num_contexts)
+    if isinstance(output, Tensor):
+        return mean.to(output.dtype)
+    averaged: dict[str, Any] = {"logits": mean}
+    if labels is not None:
+        averaged["loss"] = F.cross_entropy(mean, labels)
+    return type(output)(**averaged)
+
+
+# ---------------------------------------------------------------------------------------------------------- for the user
+
+
+@contextmanager
+def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
+    """Give every call inside the ``with`` block these ids, for callers that cannot pass the keyword.
+
+    For ``forward_features``, ``forward_intermediates``, pipelines. With activation checkpointing, keep ``backward``
+    inside the block.
+
+    Args:
+        model: a patched model.
+        context_ids: as for ``forward``.
+
+    Raises:
+        ContextIdError: the ids are invalid.
+        PatchError: the model is not patched.
+    """
+    router = router_of(model)
+    tensor = next((p for p in model.parameters()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    one = isinstance(context_ids, (int, str)) or (isinstance(context_ids, Tensor) and context_ids.dim() == 0)
+    size = 1 if one else len(cast(Sequence[Any], context_ids))
+    previous = router.default
+    router.default = router.resolve(context_ids, size, device)
+    try:
+        yield
+    finally:
+        router.default = previous
+
+
+def set_inference(
+    model: nn.Module,
+    inference: str,
+    *,
+    source: ContextSourceLike | None = None,
+    plus_stats: str | None = None,
+    plus_scale: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Choose what evaluation without ids does (Algorithm 3, and two ways the paper lacks).
+
+    Args:
+        model: a patched model.
+        inference: ``"cn"`` (ids are required), ``"cn+"`` (all contexts combined, Eq. 9), ``"predict"`` (a context source
+            names each image's context, then CN), ``"average"`` (the log of the mean softmax over all contexts).
+        source: a fitted context source for ``"predict"``; stays attached.
+        plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``; None leaves them.
+        plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``; None leaves it.
+        mean: per channel, what was subtracted from pixels in 0..1 before they reach the model; None leaves it (0).
+        std: per channel, what they were divided by; None leaves it (1).
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: an option is unknown, or the source does not fit the model.
+        PatchError: the model is not patched.
+    """
+    router = router_of(model)
+    check_choice("inference", inference, INFERENCE)
+    options = {"inference": inference, "plus_stats": plus_stats, "plus_scale": plus_scale}
+    config = router.config.replace(**{name: value for name, value in options.items() if value is not None})
+    source = router.source if source is None else source
+    if inference == "predict":
+        _check_source(source, config.num_contexts)
+    router.config, router.source = config, source
+    router.pixel_mean = router.pixel_mean if mean is None else tuple(float(value) for value in mean)
+    router.pixel_std = router.pixel_std if std is None else tuple(float(value) for value in std)
+    apply_inference(model, config)
+    return model
+
+
+def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
+    """Hand the inference options to the layers."""
+    for module in model.modules():
+        if isinstance(module, ContextNorm):
+            module.inference = "cn" if config.inference == "cn" else "cn+"
+            module.plus_stats = config.plus_stats
+            module.plus_scale = config.plus_scale
+
+
+def _check_source(source: Any, num_contexts: int) -> None:
+    if source is None:
+        raise ConfigError('inference="predict" needs a fitted context source: pass source=...')
+    if not hasattr(source, "predict"):
+        raise ConfigError(f"source must be a context source with predict(images), received {type(source).__name__}.")
+    if source.num_contexts != num_contexts:
+        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {num_contexts}.")
