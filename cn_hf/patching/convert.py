@@ -253,6 +253,13 @@ class StoredNormSlot(Slot, nn.Module):
         value = self._parameters.get(name)
         return self._buffers.get(name) if value is None else value
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As torch's, which looks existing buffers up by attribute, and so would be refused below."""
+        if name in self._buffers:
+            self._buffers[name] = tensor
+        else:
+            super().register_buffer(name, tensor, persistent)
+
     @property
     def running_mean(self) -> Tensor:
         """Refused: code that reads it would drop the contexts."""

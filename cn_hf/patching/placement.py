@@ -1,7 +1,7 @@
 """Where: which slots of a model are meant by a mode and a ``where``.
 
-Finding never changes a model. timm and transformers are met by the structure of their modules: timm's ``first_conv`` and
-``patch_embed``, transformers' ``...PatchEmbeddings``.
+Finding never changes a model. timm and transformers are met by the structure of their modules: timm's ``first_conv``
+and ``patch_embed``, transformers' ``...PatchEmbeddings``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _all_norms(model: nn.Module, mode: str) -> list[Target]:
         kinds = {1: "maps (NCHW)", -1: "tokens (features last)"}
         kind = "batch norms" if mode in BASELINES else " or ".join(kinds[dim] for dim in FEATURE_DIMS[mode])
         raise PatchError(
-            f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}). {words or _inventory(model)}"
+            f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}). "
+            f"{words or _inventory(model)}"
         )
     if left_out:
         warnings.warn(f"Norm layers left as they are: {words}.", UserWarning, stacklevel=4)
@@ -132,8 +133,8 @@ def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Ta
         if not names:
             hint = nearest(pattern, [name for name, module in modules.items() if _entry(module) is not None][:50])
             raise PatchError(
-                f"where={pattern!r} is no keyword ({', '.join(KEYWORDS)}) and matches no module of {type(model).__name__} "
-                f"by full name, suffix or regular expression; {hint}"
+                f"where={pattern!r} is no keyword ({', '.join(KEYWORDS)}) and matches no module of "
+                f"{type(model).__name__} by full name, suffix or regular expression; {hint}"
             )
         if not norms:
             raise PatchError(f"where={pattern!r} matches {_describe(modules, names)}, no norm layer cn_hf can swap.")
@@ -165,8 +166,8 @@ def _named_norm(name: str, module: nn.Module, mode: str) -> Target:
     if entry.feature_dim not in FEATURE_DIMS[mode]:
         other = "cn-channels" if entry.feature_dim == 1 else "cn-patches"
         raise PatchError(
-            f"{name} ({type(module).__name__}) has its features along axis {entry.feature_dim}, which mode={mode!r} does "
-            f"not mean; use mode={other!r} or mode='cn'."
+            f"{name} ({type(module).__name__}) has its features along axis {entry.feature_dim}, which mode={mode!r} "
+            f"does not mean; use mode={other!r} or mode='cn'."
         )
     return Target(name, module, "norm", entry.num_features(module), entry.feature_dim)
 

@@ -56,7 +56,7 @@ def swap_class(module: nn.Module, new_class: type[nn.Module]) -> None:
     module.__class__ = new_class
 
 
-# ------------------------------------------------------------------------------------------------------------ the router
+# ---------------------------------------------------------------------------------------------------------- the router
 
 
 class ContextSourceLike(Protocol):
@@ -148,7 +148,7 @@ def router_of(model: nn.Module) -> ContextRouter:
     return model.router
 
 
-# ------------------------------------------------------------------------------------------------------- the root's class
+# ---------------------------------------------------------------------------------------------------- the root's class
 
 
 class RoutedModel(Swapped):
@@ -220,7 +220,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
     return type(base.__name__, (RoutedModel, base), namespace)
 
 
-# ----------------------------------------------------------------------------------------------------------- one forward
+# --------------------------------------------------------------------------------------------------------- one forward
 
 
 def _route(
@@ -321,7 +321,7 @@ def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labe
     return type(output)(**averaged)
 
 
-# ---------------------------------------------------------------------------------------------------------- for the user
+# -------------------------------------------------------------------------------------------------------- for the user
 
 
 @contextmanager
@@ -366,8 +366,8 @@ def set_inference(
 
     Args:
         model: a patched model.
-        inference: ``"cn"`` (ids are required), ``"cn+"`` (all contexts combined, Eq. 9), ``"predict"`` (a context source
-            names each image's context, then CN), ``"average"`` (the log of the mean softmax over all contexts).
+        inference: ``"cn"`` (ids are required), ``"cn+"`` (all contexts combined, Eq. 9), ``"predict"`` (a context
+            source names each image's context, then CN), ``"average"`` (the log of the mean softmax over all contexts).
         source: a fitted context source for ``"predict"``; stays attached.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``; None leaves them.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``; None leaves it.
