@@ -21,6 +21,7 @@ __all__ = [
     "InputShapeError",
     "InputTypeError",
     "PatchError",
+    "PatchedAttributeError",
     "TrainingError",
     "nearest",
 ]
@@ -40,6 +41,10 @@ class ContextIdError(CnHfError, ValueError):
 
 class PatchError(CnHfError, ValueError):
     """A model cannot be patched, unpatched, calibrated or folded as asked; the model is unchanged."""
+
+
+class PatchedAttributeError(PatchError, AttributeError):
+    """An attribute of the original module has no meaning once the module is patched."""
 
 
 class InputTypeError(CnHfError, TypeError):

@@ -5,7 +5,8 @@ They work wherever metrics of ``evaluate`` do: ``compute`` at once or ``add_batc
 through :func:`trainer_compute_metrics`. Built with ``contexts``, each also answers per context.
 
 Accuracy, precision, recall and F1 are scikit-learn's. Top-k is counted by :mod:`cn_hf.evaluation.ranking` instead of
-scikit-learn's ``top_k_accuracy_score``, which refuses two columns for two classes, refuses NaN, and orders ties against ``argmax``.
+scikit-learn's ``top_k_accuracy_score``, which refuses two columns for two classes, refuses NaN, and orders ties
+against ``argmax``.
 
 Shapes: predictions (N,) class ids or (N, C) scores, references (N,) class ids, context_ids (N,) ids in 0..T-1.
 """
@@ -35,7 +36,7 @@ Args:
 """
 
 
-class ContextMetric(evaluate.Metric):
+class ContextMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """Base of the metrics here: a number over all samples, and one per context where contexts are declared.
 
     Args:
@@ -118,7 +119,7 @@ class ContextMetric(evaluate.Metric):
         return results
 
     def _scores(self, answers: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-        """Results over the given samples: answers are (N,) int64 class ids or (N, C) float scores, labels (N,) int64."""
+        """Results over some samples: answers are (N,) int64 class ids or (N, C) float scores, labels (N,) int64."""
         raise NotImplementedError
 
 
@@ -139,7 +140,7 @@ class Accuracy(ContextMetric):
 class TopKAccuracy(ContextMetric):
     """Fraction of samples whose true class is among the k highest scores: ``{"top_<k>_accuracy": ...}``.
 
-    Ties go to the lower class index. ``k`` at or above the number of classes asks for all of them. Rows with NaN are wrong.
+    Ties go to the lower class index. ``k`` at or above the number of classes asks for all. Rows with NaN are wrong.
 
     Args:
         k: number of guesses, at least 1.
@@ -177,7 +178,9 @@ class TopKAccuracy(ContextMetric):
 
 
 class MacroPrecisionRecallF1(ContextMetric):
-    """Precision, recall and F1, each averaged over classes with equal weight: ``{"precision": ..., "recall": ..., "f1": ...}``.
+    """Precision, recall and F1, each averaged over classes with equal weight.
+
+    Gives ``{"precision": ..., "recall": ..., "f1": ...}``.
 
     Averaged over the classes that occur among the samples at hand, true or predicted, as scikit-learn does; a class
     never predicted has precision 0, one never true has recall 0.
@@ -245,7 +248,7 @@ def _answers(predictions: Any) -> np.ndarray[Any, Any]:
     class_ids = answers.astype(np.int64)
     if answers.ndim != 1 or not np.array_equal(class_ids, answers):
         raise InputTypeError(
-            f"predictions of shape {answers.shape} are no class ids; pass integers (N,), or scores of all classes (N, C)"
+            f"predictions of shape {answers.shape} are no class ids; pass integers (N,), or all classes' scores (N, C)"
         )
     return class_ids
 

@@ -219,7 +219,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except FileNotFoundError as error:
         raise CheckpointError(f"The weights are missing: {path}") from error
     except (OSError, SafetensorError) as error:
@@ -262,15 +262,10 @@ def _load(
         if patched_here:
             unpatch_model(model)
         raise
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Assigning keeps the dtypes of the checkpoint, whatever the fresh model's are.
-    placed = {name: tensor.to(expected[name].device) for name, tensor in tensors.items()}
-    model.load_state_dict(placed | _tied_names(model, placed), strict=not norms_only, assign=not norms_only)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-    tie_weights = getattr(model, "tie_weights", None)
-    if callable(tie_weights):  # of transformers models: assigning has given each name a tensor of its own
-        tie_weights()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tensors:  # the checkpoint's dtypes, in the tensors the model has: ties and flags stay
+            tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors | _tied_names(model, tensors), strict=not norms_only)
 
 
 def _check_contexts(model: nn.Module, config: ContextNormConfig, where: str) -> None:

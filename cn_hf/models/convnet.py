@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ Layer = str | Callable[..., nn.Module]
 
 
 class ConvNet(nn.Module):
-    """A stack of convolutions with modules ``conv1, bn1, act1, pool1, conv2, ...`` and a ``ClassifierHead`` as ``head``.
+    """A stack of convolutions: ``conv1, bn1, act1, pool1, conv2, ...``, then ``head``, timm's ``ClassifierHead``.
 
     Args:
         widths: Output channels of each convolution.
@@ -77,7 +76,6 @@ class ConvNet(nn.Module):
         self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.init_weights()
 
-    @torch.jit.ignore  # type: ignore[untyped-decorator]  # torch's decorator is untyped
     def init_weights(self) -> None:
         """He-normal convolutions (fan out), zero biases."""
         for module in self.modules():
@@ -104,6 +102,8 @@ class ConvNet(nn.Module):
         """Replace the final linear layer (0 classes: none), and the pooling where ``global_pool`` is given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        # Older timm makes the new layer on the CPU in float32.
+        self.head.fc.to(next(self.parameters()))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to the last activation map (N, widths[-1], H', W')."""
@@ -125,7 +125,7 @@ class ConvNet(nn.Module):
 
 
 def _cfg(**overrides: Any) -> dict[str, Any]:
-    """timm's description of a small-image network's input and classifier; CIFAR-10's mean and std unless overridden."""
+    """What timm records of a network's input and classifier; CIFAR-10's mean and std unless overridden."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -144,7 +144,7 @@ def _cfg(**overrides: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "cn_cifar_convnet": _cfg(),
-        "cn_digits_convnet": _cfg(input_size=(3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        "cn_digits_convnet": _cfg(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     }
 )
 

@@ -6,17 +6,23 @@ Shape legend: ``N`` samples, ``C`` features, ``K`` components.
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, InputShapeError
-from cn_hf.norm.em import Mixture, fit_mixture, seed_mixture, statistics_dtype
+from cn_hf.norm.em import Mixture, fit_mixture, full_precision, seed_mixture, statistics_dtype
 from cn_hf.norm.functional import mixture_norm
-from cn_hf.norm.layers import FeatureNorm
+from cn_hf.norm.layers import FeatureNorm, check_feature_dim, check_features
 
 __all__ = ["FeatureBatchNorm", "MixtureNorm"]
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing is running a forward a second time, during backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class MixtureNorm(FeatureNorm):
@@ -71,9 +77,14 @@ class MixtureNorm(FeatureNorm):
             raise ConfigError(f"num_components must be at least 1, received {num_components}.")
         if not 0 < momentum <= 1:
             raise ConfigError(f"momentum must lie in (0, 1], received {momentum}.")
-        for name, value in (("em_iterations", em_iterations), ("max_vectors", max_vectors)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, received {value}.")
+        for name, value, least in (
+            ("em_iterations", em_iterations, 1),
+            ("seed_iterations", seed_iterations, 0),
+            ("max_vectors", max_vectors, 1),
+            ("reg_covar", reg_covar, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, received {value}.")
         self.num_components = num_components
         self.momentum = momentum
         self.em_iterations = em_iterations
@@ -81,6 +92,7 @@ class MixtureNorm(FeatureNorm):
         self.max_vectors = max_vectors
         self.reg_covar = reg_covar
         self.seed = seed
+        self._fitted: deque[tuple[Tensor, Mixture]] = deque(maxlen=16)  # what the last forwards used, for recomputing
         self._seeded = False  # mirrors num_batches_tracked > 0 on the host, so that no step waits for the device
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         shape = (num_components, num_features)
@@ -97,7 +109,7 @@ class MixtureNorm(FeatureNorm):
         Raises:
             InputShapeError: ``x`` does not have ``num_features`` features, or a training batch has no vectors.
         """
-        self._check_input(x)
+        check_features(self, x)
         return self.normalize(x)
 
     def normalize(
@@ -129,17 +141,22 @@ class MixtureNorm(FeatureNorm):
     @torch.no_grad()
     def _fit(self, x: Tensor, theta: Mixture, distributed: bool) -> Mixture:
         dtype = statistics_dtype(x, self.theta_mean)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             vectors = x.detach().movedim(self.feature_dim, -1).reshape(-1, self.num_features)
             world = dist.get_world_size() if distributed else 1
-            vectors = vectors[:: max(1, math.ceil(len(vectors) * world / self.max_vectors))].to(dtype)
+            vectors = self._thinned(vectors, math.ceil(len(vectors) * world / self.max_vectors)).to(dtype)
+            fingerprint = vectors.sum()
+            if _recomputing():
+                known = [fitted for mark, fitted in self._fitted if bool(mark == fingerprint)]
+                if known:
+                    return known[-1]
             iterations = self.em_iterations
             if not self._seeded:
                 iterations = self.seed_iterations
                 theta = seed_mixture(
                     vectors, self.num_components, seed=self.seed, reg_covar=self.reg_covar, distributed=distributed
                 )
-            return fit_mixture(
+            fitted = fit_mixture(
                 vectors,
                 *theta[:3],
                 num_iterations=iterations,
@@ -147,10 +164,20 @@ class MixtureNorm(FeatureNorm):
                 reg_covar=self.reg_covar,
                 distributed=distributed,
             )
+            self._fitted.append((fingerprint, fitted))
+            return fitted
+
+    def _thinned(self, vectors: Tensor, step: int) -> Tensor:
+        """One vector of each ``step`` in a row, at fixed random places: equal spacing would follow a map's columns."""
+        if step <= 1:
+            return vectors
+        starts = torch.arange(0, len(vectors) - step + 1, step, device=vectors.device)
+        generator = torch.Generator(vectors.device).manual_seed(self.seed)
+        return vectors[starts + torch.randint(step, starts.shape, generator=generator, device=vectors.device)]
 
     @torch.no_grad()
     def _track(self, theta: Mixture, mean: Tensor, var: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this forward a second time
+        if _recomputing():
             return
         momentum = self.momentum if self._seeded else 1.0
         for buffer, value in (
@@ -198,18 +225,20 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_feature_dim(feature_dim)
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype)
         self.feature_dim = feature_dim
 
+    def is_on_meta(self) -> bool:
+        """Whether a parameter or buffer has no storage yet."""
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise InputShapeError(
-                f"FeatureBatchNorm expects {self.num_features} features along axis {self.feature_dim} of a batch, "
-                f"received {input.shape[1]}."
-            )
+        """Checked in ``forward``, where the feature axis is still where the caller has it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``."""
+        check_features(self, x)
         out: Tensor = super().forward(x.movedim(self.feature_dim, 1))
         return out.movedim(1, self.feature_dim)
 
@@ -221,4 +250,4 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         out = out if weight is None else out * weight
         out = out if bias is None else out + bias
         restored: Tensor = out.movedim(-1, self.feature_dim)
-        return restored
+        return restored.to(x.dtype)

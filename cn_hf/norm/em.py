@@ -9,6 +9,7 @@ Shape legend: ``M`` vectors, ``C`` features, ``K`` components. Everything is flo
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "Mixture",
     "MixtureStatistics",
     "fit_mixture",
+    "full_precision",
     "gaussian_log_density",
     "kmeans_plusplus",
     "log_posteriors",
@@ -45,6 +47,11 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, where the device has any."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Log-density of vectors under diagonal Gaussians, by matrix products.
 
@@ -60,11 +67,15 @@ def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         ``(M, K)``, float32 at least.
     """
     dtype = statistics_dtype(x, mean, var)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         mean, var = mean.to(dtype), var.to(dtype)
         shift = mean.mean(dim=0)
         x, mean = x.to(dtype) - shift, mean - shift
         precision = var.reciprocal()
+        # Far beyond every component the square overflows; a vector that far belongs where its bounded one does.
+        largest = precision.detach().amax().clamp_min(1)
+        reach = (torch.finfo(dtype).max / (16 * mean.shape[1] * largest)).sqrt()
+        x = x.clamp(-reach, reach)
         constant = (mean.square() * precision + var.log()).sum(dim=1) + mean.shape[1] * math.log(2 * math.pi)
         quadratic = x.square() @ precision.T - 2 * (x @ (mean * precision).T)
         return -0.5 * (quadratic + constant)
@@ -162,21 +173,23 @@ def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, s
     Returns:
         The chunk's statistics.
     """
-    joint = gaussian_log_density(x, mean, var) + prior.log()
+    joint = gaussian_log_density(x, mean, var)
+    joint = joint + prior.to(joint.dtype).log()
     log_norm = joint.logsumexp(dim=1)
     responsibility = (joint - log_norm[:, None]).exp()
     return _weighted_statistics(x.to(joint.dtype), responsibility, log_norm.sum(), shift)
 
 
 def _weighted_statistics(x: Tensor, weight: Tensor, log_likelihood: Tensor, shift: Tensor) -> MixtureStatistics:
-    centered = x - shift
-    return MixtureStatistics(
-        weight.sum(dim=0),
-        weight.T @ centered,
-        weight.T @ centered.square(),
-        log_likelihood,
-        weight.new_full((), len(x)),
-    )
+    with full_precision(x.device):
+        centered = x - shift
+        return MixtureStatistics(
+            weight.sum(dim=0),
+            weight.T @ centered,
+            weight.T @ centered.square(),
+            log_likelihood,
+            weight.new_full((), len(x)),
+        )
 
 
 def mixture_update(
@@ -227,7 +240,7 @@ def kmeans_plusplus(x: Tensor, num_components: int, *, seed: int = 0, distribute
         center = _argmax_vector(x, score, distributed)
         centers.append(center)
         distance = torch.minimum(distance, (x - center).square().sum(dim=1))
-        log_weight = distance.log()
+        log_weight = distance.clamp_min(torch.finfo(x.dtype).tiny).log()
     return torch.stack(centers)
 
 

@@ -19,11 +19,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_hf.norm.choices import check_choice
 from cn_hf.norm.em import (
     Mixture,
     MixtureStatistics,
     SumOverProcesses,
     fit_mixture,
+    full_precision,
     gaussian_log_density,
     kmeans_plusplus,
     log_posteriors,
@@ -127,7 +129,8 @@ def context_rows(table: Tensor, context_ids: Tensor | int) -> Tensor:
     if isinstance(context_ids, int):
         return table[context_ids : context_ids + 1]
     if context_ids.is_floating_point():
-        return context_ids.to(table.dtype) @ table
+        with full_precision(table.device):
+            return context_ids.to(table.dtype) @ table
     return F.embedding(context_ids, table)
 
 
@@ -161,8 +164,7 @@ def context_norm(
         InputTypeError: ``x`` is not floating point.
     """
     dtype = statistics_dtype(x, mean, var)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = context_rows(mean.to(dtype), context_ids), context_rows(var.to(dtype), context_ids)
+    rows = context_rows(mean.to(dtype), context_ids), context_rows(var.to(dtype), context_ids)
     return normalize_rows(x, *rows, eps=eps, feature_dim=feature_dim, weight=weight, bias=bias)
 
 
@@ -204,9 +206,10 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     if distributed:
         peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
         shift = reduce_over_processes(shift, dist.ReduceOp.SUM) / dist.get_world_size()
-    weight = (log_tau - peak).exp()
-    centered = x - shift
-    total, first, second = weight.sum(dim=0), weight.T @ centered, weight.T @ centered.square()
+    with full_precision(x.device):
+        weight = (log_tau - peak).exp()
+        centered = x - shift
+        total, first, second = weight.sum(dim=0), weight.T @ centered, weight.T @ centered.square()
     if distributed:
         total, first, second = SumOverProcesses.apply(total, first, second)
     mean = first / total[:, None]
@@ -233,8 +236,9 @@ def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: f
     shift = mean.mean(dim=0)
     rstd = torch.rsqrt(var + eps)
     shared = rstd.mean(dim=0)
-    scale = coefficient.sum(dim=1, keepdim=True) * shared + coefficient @ (rstd - shared)
-    return (x - shift) * scale - coefficient @ ((mean - shift) * rstd)
+    with full_precision(x.device):
+        scale = coefficient.sum(dim=1, keepdim=True) * shared + coefficient @ (rstd - shared)
+        return (x - shift) * scale - coefficient @ ((mean - shift) * rstd)
 
 
 def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
@@ -282,10 +286,17 @@ def context_norm_plus(
 
     Returns:
         Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        ConfigError: ``plus_stats`` or ``plus_scale`` is neither of its values.
     """
+    check_choice("plus_stats", plus_stats)
+    check_choice("plus_scale", plus_scale)
     dtype = statistics_dtype(x, mean, var)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         vectors, mean, var = _feature_vectors(x, feature_dim).to(dtype), mean.to(dtype), var.to(dtype)
+        shift = mean.mean(dim=0)  # before anything is rounded: results do not depend on it, their digits do
+        vectors, mean = vectors - shift, mean - shift
         log_tau = log_posteriors(vectors, mean, var + eps, None)
         if plus_stats == "batch":
             mean, var = component_statistics(vectors, log_tau)
@@ -323,7 +334,7 @@ def mixture_norm(
         The output, of the shape and dtype of ``x``, and the statistics that were used.
     """
     dtype = statistics_dtype(x, theta.mean)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         vectors = _feature_vectors(x, feature_dim).to(dtype)
         log_tau = log_posteriors(vectors, theta.mean.detach(), theta.var.detach(), theta.prior.detach())
         if statistics is None:

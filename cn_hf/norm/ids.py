@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cn_hf.errors import ContextIdError, nearest
 
-__all__ = ["ContextIds", "resolve_context_ids"]
+__all__ = ["ContextIds", "as_tensor", "resolve_context_ids"]
 
 ContextIds: TypeAlias = Tensor | int | str | Sequence[Any]
 """An integer tensor ``(N,)``, an int or name for all samples, a list of N ids or names, or float weights ``(N, T)``."""
@@ -47,7 +47,7 @@ def resolve_context_ids(
         ContextIdError: wrong length, dtype, range, name, or weights that are not finite, not positive or do not sum to
             one.
     """
-    ids = _as_tensor(context_ids, names)
+    ids = as_tensor(context_ids, names)
     if ids.is_floating_point():
         if ids.dim() != 2 or ids.shape[1] != num_contexts:
             raise ContextIdError(
@@ -71,7 +71,12 @@ def resolve_context_ids(
     return ids.to(device, non_blocking=True)
 
 
-def _as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
+def as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
+    """``context_ids`` as a tensor, names looked up, nothing else checked.
+
+    Raises:
+        ContextIdError: a name is unknown, or there is no tensor in it.
+    """
     if isinstance(context_ids, Tensor):
         return context_ids
     if isinstance(context_ids, bool):

@@ -8,35 +8,34 @@ Shape legend: ``N`` samples, ``C`` features, ``T`` contexts, ``d`` embedding wid
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, ContextIdError, InputShapeError, nearest
-from cn_hf.norm.em import statistics_dtype
+from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
+from cn_hf.norm.choices import check_choice
+from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
 
-__all__ = ["CHOICES", "ContextNorm", "FeatureNorm", "check_choice"]
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "parametrization": ("embedder", "table"),
-    "variance_activation": ("softplus", "exp"),
-    "init": ("identity", "random"),
-    "inference": ("cn", "cn+"),
-    "plus_stats": ("learned", "batch"),
-    "plus_scale": ("none", "sqrt_t"),
-}
-"""The valid values of a ``ContextNorm``'s named options, the default first where it is not stated otherwise."""
+__all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features"]
 
 
-def check_choice(option: str, value: str, choices: tuple[str, ...] | None = None) -> None:
-    """Raise ``ConfigError`` unless ``value`` is a valid value of ``option``."""
-    choices = CHOICES[option] if choices is None else choices
-    if value not in choices:
-        raise ConfigError(f"{option}={value!r} is not valid: {nearest(str(value), choices)}")
+def check_feature_dim(feature_dim: int) -> None:
+    """Raise ``ConfigError`` if the feature axis is the batch axis."""
+    if feature_dim == 0:
+        raise ConfigError("feature_dim=0 is the batch axis; use 1 for NCHW maps or -1 for tokens.")
+
+
+def check_features(norm: Any, x: Tensor) -> None:
+    """Raise ``InputShapeError`` unless ``x`` is a batch with the features of ``norm`` along its feature axis."""
+    if x.dim() < 2 or x.shape[norm.feature_dim] != norm.num_features:
+        raise InputShapeError(
+            f"{type(norm).__name__} expects {norm.num_features} features along axis {norm.feature_dim} of a batch, "
+            f"received shape {tuple(x.shape)}."
+        )
 
 
 class FeatureNorm(nn.Module):
@@ -57,8 +56,7 @@ class FeatureNorm(nn.Module):
         super().__init__()
         if num_features < 1:
             raise ConfigError(f"num_features must be at least 1, received {num_features}.")
-        if feature_dim == 0:
-            raise ConfigError("feature_dim=0 is the batch axis; use 1 for NCHW maps or -1 for tokens.")
+        check_feature_dim(feature_dim)
         if not eps > 0:
             raise ConfigError(f"eps must be positive, received {eps}.")
         self.num_features = num_features
@@ -72,12 +70,9 @@ class FeatureNorm(nn.Module):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[self.feature_dim] != self.num_features:
-            raise InputShapeError(
-                f"{type(self).__name__} expects {self.num_features} features along axis {self.feature_dim} of a batch, "
-                f"received shape {tuple(x.shape)}."
-            )
+    def is_on_meta(self) -> bool:
+        """Whether a parameter or buffer has no storage yet."""
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
 
 
 class ContextNorm(FeatureNorm):
@@ -192,14 +187,22 @@ class ContextNorm(FeatureNorm):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def _draw_embedding(self) -> None:
-        # Orthogonal rows of length one: contexts are told apart at once, a step on W_mu moves mu_r as a step on a table
-        # would, and exact statistics can be solved for without loss of precision.
+        # Rows of length one, orthogonal or the corners of a simplex as far as there is room: contexts are told apart
+        # at once, a step on W_mu moves mu_r as a step on a table would, and exact statistics can be solved for.
         if self.embedding.is_meta:
             return
+        rows, d = self.embedding.shape
         with torch.no_grad():
-            wide = torch.empty(self.embedding.shape, dtype=torch.float32)
-            nn.init.orthogonal_(wide)
-            self.embedding.copy_(wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            if d >= rows:
+                drawn = nn.init.orthogonal_(torch.empty(rows, d))
+            elif d == rows - 1:
+                square = torch.randn(rows, rows)
+                square[:, 0] = 1
+                corners = torch.linalg.qr(square).Q[:, 1:]
+                drawn = corners / corners.norm(dim=1, keepdim=True)
+            else:
+                drawn = torch.randn(rows, d) / math.sqrt(d)
+            self.embedding.copy_(drawn)
             self.embedding_bias.zero_()
 
     # ----------------------------------------------------------------------------------------------------- statistics
@@ -224,7 +227,7 @@ class ContextNorm(FeatureNorm):
         if self.parametrization == "table":
             mean, raw = select(self.mean_table), select(self.var_table)
         else:
-            with torch.autocast(self.embedding.device.type, enabled=False):
+            with full_precision(self.embedding.device):
                 alpha = select(self.embedding) + self.embedding_bias.to(dtype)
                 mean = F.linear(alpha, self.mean_weight.to(dtype), self.mean_bias.to(dtype))
                 raw = F.linear(alpha, self.var_weight.to(dtype), self.var_bias.to(dtype))
@@ -246,11 +249,22 @@ class ContextNorm(FeatureNorm):
             approximate: accept a least-squares fit where the embedder cannot hold ``T`` different rows.
 
         Raises:
-            ConfigError: ``T`` different rows asked of an embedder with ``d < T - 1``, without ``approximate``.
+            ConfigError: ``T`` different rows asked of an embedder with ``d < T - 1``, without ``approximate``; or
+                statistics that are not finite, or a negative variance. The layer is unchanged.
+            InputShapeError: wrong shapes.
         """
         if self._storage().is_meta:
             return
-        mean, raw = mean.double().cpu(), self._inverse_activation(var.double().cpu())
+        shapes = (self.num_features,), (self.num_contexts, self.num_features)
+        if mean.shape != var.shape or mean.shape not in shapes:
+            raise InputShapeError(
+                f"mean and var must both be {shapes[0]} or {shapes[1]}, received {tuple(mean.shape)} and "
+                f"{tuple(var.shape)}."
+            )
+        mean, var = mean.double().cpu(), var.double().cpu()
+        if not bool((mean.isfinite() & var.isfinite() & (var >= 0)).all()):
+            raise ConfigError("Statistics must be finite and variances not negative; received some that are not.")
+        raw = self._inverse_activation(var)
         if self.parametrization == "table":
             self.mean_table.copy_(mean.expand(self.mean_table.shape))
             self.var_table.copy_(raw.expand(self.var_table.shape))
@@ -279,6 +293,8 @@ class ContextNorm(FeatureNorm):
             steep = weight.abs().amax() > 1e3 * (1 + target.abs().amax())
             if attempt == 0 and d >= self.num_contexts - 1 and (steep or error > 1e-6 * (1 + target.abs().amax())):
                 self._draw_embedding()  # trained embeddings that have grown alike cannot carry different rows
+            else:
+                break
         (mean_weight, raw_weight), (mean_bias, raw_bias) = weight.T.chunk(2), offset.chunk(2)
         for parameter, value in (
             (self.mean_weight, mean_weight),
@@ -304,7 +320,7 @@ class ContextNorm(FeatureNorm):
             ContextIdError: ids are invalid, or missing where they are needed.
             InputShapeError: ``x`` does not have ``num_features`` features.
         """
-        self._check_input(x)
+        check_features(self, x)
         ids = None
         if context_ids is not None:
             ids = resolve_context_ids(
@@ -359,8 +375,7 @@ class ContextNorm(FeatureNorm):
             if self.num_contexts > limit:
                 return self.statistics(ids)
         mean, var = self.statistics()
-        with torch.autocast(mean.device.type, enabled=False):
-            return context_rows(mean, ids), context_rows(var, ids)
+        return context_rows(mean, ids), context_rows(var, ids)
 
     def extra_repr(self) -> str:
         """The options shown by ``print(model)``."""

@@ -9,7 +9,7 @@ Shape legend: ``N`` samples, ``C`` features, ``T`` contexts, ``L`` positions (pi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from typing import Any, cast
 
@@ -83,7 +83,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
     """Set each layer's mean and variance + eps of each context to those of its real inputs.
 
     Runs in evaluation mode, without gradients; the training flags come back. Features that are constant in a context
-    keep variance 1. Contexts absent from the data are left alone and named in a warning.
+    keep variance 1. Contexts absent from the data are left alone and named in a warning. A layer that is called more
+    than once in a forward is calibrated on its first call.
 
     Args:
         model: a patched model of a cn mode.
@@ -106,8 +107,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
         raise PatchError(
             f"calibrate needs context normalization; the model was patched with mode={router.config.mode!r}."
         )
-    data = [_inputs(batch) for batch in (list(batches) if iter(batches) is batches else batches)]
-    if not data:
+    data = list(batches) if isinstance(batches, Iterator) else batches
+    if isinstance(data, Sized) and len(data) == 0:
         raise PatchError("calibrate received no batch.")
     before = {name: value.clone() for name, value in _context_state(model).items()}
     training = {module: module.training for module in model.modules()}
@@ -154,8 +155,8 @@ def _inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], ContextIds]:
     return args, values, ids
 
 
-def _run(model: nn.Module, data: tuple[tuple[Any, ...], dict[str, Any], ContextIds]) -> None:
-    args, values, ids = data
+def _run(model: nn.Module, batch: Any) -> None:
+    args, values, ids = _inputs(batch)
     device = next(iter(model.parameters())).device
     move = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
     model(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args), context_ids=ids, **move)
@@ -205,12 +206,13 @@ class _Observer:
         return True
 
 
-def _observe(model: nn.Module, data: list[Any], approximate: bool) -> list[Tensor]:
+def _observe(model: nn.Module, data: Iterable[Any], approximate: bool) -> list[Tensor]:
     router = router_of(model)
     observer = _Observer(router, approximate)
-    if len(data) == 1:
+    if isinstance(data, Sized) and len(data) == 1:
         router.observer = observer.each
-        _run(model, data[0])
+        for batch in data:
+            _run(model, batch)
         return observer.seen
     router.observer = observer.next
     progress = tqdm(total=len(named_slots(model)), desc="calibrate", unit="slot", leave=False, disable=None)

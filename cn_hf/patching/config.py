@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cn_hf.errors import ConfigError, nearest
-from cn_hf.norm.layers import CHOICES, check_choice
+from cn_hf.norm.choices import CHOICES, check_choice
 
 __all__ = ["BASELINES", "MODES", "ContextNormConfig"]
 
@@ -73,16 +73,19 @@ class ContextNormConfig:
             check_choice(option, getattr(self, option))
         for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):
             self._check_integer(option, least)
+        for option in ("affine", "keep_statistics"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"{option} must be true or false, received {getattr(self, option)!r}.")
         if self.context_names is not None:
             self._check_names()
         if self.where is not None and not isinstance(self.where, str):
-            object.__setattr__(self, "where", tuple(self.where))
-            if not self.where or not all(isinstance(pattern, str) for pattern in self.where):
+            if not isinstance(self.where, (list, tuple)) or not self.where or not _all_strings(self.where):
                 raise ConfigError(f"where must be a keyword or a list of module names, received {self.where!r}.")
-        if self.eps is not None and not 0 < self.eps < 1:
-            raise ConfigError(f"eps must lie between 0 and 1, received {self.eps!r}.")
-        if not 0 < self.momentum <= 1:
-            raise ConfigError(f"momentum must lie in (0, 1], received {self.momentum!r}.")
+            object.__setattr__(self, "where", tuple(self.where))
+        if self.eps is not None and not (_is_number(self.eps) and 0 < self.eps < 1):
+            raise ConfigError(f"eps must be a number between 0 and 1, received {self.eps!r}.")
+        if not (_is_number(self.momentum) and 0 < self.momentum <= 1):
+            raise ConfigError(f"momentum must be a number in (0, 1], received {self.momentum!r}.")
 
     def _check_integer(self, option: str, least: int) -> None:
         value = getattr(self, option)
@@ -93,7 +96,7 @@ class ContextNormConfig:
 
     def _check_names(self) -> None:
         names = self.context_names
-        if isinstance(names, str) or names is None or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (list, tuple)) or not _all_strings(names):
             raise ConfigError(f"context_names must be a list of strings, received {names!r}.")
         object.__setattr__(self, "context_names", tuple(names))
         if len(set(names)) != len(names):
@@ -126,6 +129,14 @@ class ContextNormConfig:
             ConfigError: a key is unknown or a value out of range.
         """
         return cls(**_known(values))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _all_strings(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import PatchError
+from cn_hf.errors import PatchedAttributeError, PatchError
 from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.patching.routing import ContextRouter, Swapped
@@ -185,7 +185,14 @@ class Slot(Swapped):
 
     def reset_normalizer(self) -> None:
         """Bring the normalizer to where it leaves the model's output as the original module's."""
+        if self.normalizer.is_on_meta():
+            module = cast(nn.Module, self)
+            tensor = next((t for t in (*module.parameters(), *module.buffers()) if not t.is_meta), None)
+            if tensor is None:
+                return
+            self.normalizer.to_empty(device=tensor.device)
         if isinstance(self.normalizer, ContextNorm):
+            self.normalizer.reset_parameters()
             start = self.start_statistics()
             if start is None:
                 one = torch.ones(self.normalizer.num_features, dtype=torch.float64)
@@ -202,21 +209,27 @@ class Slot(Swapped):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = prefix + "normalizer."
         super()._load_from_state_dict(  # type: ignore[misc]  # the swapped class's own, found by the method order
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         keys = [key for key in state_dict if key.startswith(prefix)]
-        if keys and not any(key.startswith(own) for key in keys):
-            # A checkpoint of the plain model: start anew from what it holds. Handing the normalizer its own state keeps
-            # strict loading content; torch gives each module a copy of the dictionary, so the caller's is untouched.
-            self.reset_normalizer()
-            state_dict.update({own + name: value for name, value in self.normalizer.state_dict().items()})
+        if keys and not any(key.startswith(f"{prefix}normalizer.") for key in keys):
+            self.start_anew(state_dict, prefix)
+
+    def start_anew(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """A checkpoint of the plain model is being loaded: reset the normalizer from what it holds.
+
+        Handing the normalizer its own state keeps strict loading content; torch gives each module a copy of the
+        dictionary, so the caller's is untouched.
+        """
+        self.reset_normalizer()
+        state_dict.update({f"{prefix}normalizer.{name}": value for name, value in self.normalizer.state_dict().items()})
 
 
 def _finish(norm: Any, y: Tensor, fused: bool) -> Tensor:
     if fused:
-        y = norm.act(norm.drop(y))
+        for name in ("drop", "act"):  # a norm that was built directly may lack them
+            y = norm._modules[name](y) if norm._modules.get(name) is not None else y
     return y
 
 
@@ -253,28 +266,22 @@ class StoredNormSlot(Slot, nn.Module):
         value = self._parameters.get(name)
         return self._buffers.get(name) if value is None else value
 
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As torch's, which looks existing buffers up by attribute, and so would be refused below."""
-        if name in self._buffers:
-            self._buffers[name] = tensor
-        else:
-            super().register_buffer(name, tensor, persistent)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        count, key = self._buffers.get("num_batches_tracked"), f"{prefix}num_batches_tracked"
+        if count is None:
+            state_dict.pop(key, None)  # a frozen batch norm has none, but loads what was saved unfrozen
+        elif f"{prefix}running_mean" in state_dict:
+            state_dict.setdefault(key, count)  # checkpoints older than this buffer
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @property
-    def running_mean(self) -> Tensor:
-        """Refused: code that reads it would drop the contexts."""
-        raise PatchError(self._refusal("running_mean"))
-
-    @property
-    def running_var(self) -> Tensor:
-        """Refused: code that reads it would drop the contexts."""
-        raise PatchError(self._refusal("running_var"))
-
-    def _refusal(self, name: str) -> str:
-        return (
-            f"{name} was asked of a batch norm that context normalization has replaced: it has one mean and variance a "
-            "context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
-        )
+    def __getattr__(self, name: str) -> Any:
+        """Refuse the running statistics: code that reads them, to fold them, would drop the contexts."""
+        if name in ("running_mean", "running_var"):
+            raise PatchedAttributeError(
+                f"{name} was asked of a batch norm that context normalization has replaced: it has one mean and "
+                "variance a context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
+            )
+        return super().__getattr__(name)
 
     def start_statistics(self) -> tuple[Tensor, Tensor] | None:
         """The running statistics, adjusted where the normalizer's eps is another than the batch norm's.
@@ -320,7 +327,10 @@ class OutputSlot(Slot):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the module does, then normalise the result by context."""
-        return self._normalize(super().forward(*args, **kwargs))  # type: ignore[misc]  # the swapped class's own
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]  # the swapped class's own
+        if isinstance(output, tuple):  # tokens first, then their grid
+            return (self._normalize(output[0]), *output[1:])
+        return self._normalize(output)
 
 
 ROLES: dict[str, type[Slot]] = {"input": InputSlot, "output": OutputSlot}

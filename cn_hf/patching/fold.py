@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cn_hf.errors import PatchError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds
-from cn_hf.patching.convert import NORMS, qualified_name
+from cn_hf.patching.convert import NORMS, Slot, qualified_name
 from cn_hf.patching.patch import named_slots, unpatch_model
 from cn_hf.patching.routing import router_of
 
@@ -45,91 +45,140 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
         raise PatchError(f"fold_context needs context normalization; the model's mode is {router.config.mode!r}.")
     ids = router.resolve(context, 1, torch.device("cpu"))
     folded = copy.deepcopy(model).eval()
-    maps = {name: _affine_map(cast(ContextNorm, slot.normalizer), ids) for name, slot in slots}
-    kept = {name: getattr(slot, "keep_statistics", True) for name, slot in slots}
-    roles = {name: slot.recipe[1][0] for name, slot in slots}
+    plans = [(name, *_plan(slot, ids)) for name, slot in slots]
     unpatch_model(folded)
+    folder = _Folder(folded)
     with torch.no_grad():
-        for name, (scale, offset) in maps.items():
+        for name, role, kept, norm_eps, scale, offset in plans:
             module = folded.get_submodule(name)
-            if roles[name] == "input":
-                _fold_input(folded, name, module, scale, offset)
-            elif roles[name] == "output":
-                _fold_output(folded, name, module, scale, offset)
+            if role == "input":
+                folder.input(module, scale, offset)
+            elif role == "output":
+                folder.output(module, scale, offset)
             else:
-                _fold_norm(folded, name, module, scale, offset, kept[name])
+                folder.norm(module, scale, offset, kept, norm_eps)
     return folded.eval()
 
 
-def _affine_map(norm: ContextNorm, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, Tensor, Tensor]:
+    """Role, whether the norm's own standardisation stays, eps, and the context's affine map."""
+    norm = cast(ContextNorm, slot.normalizer)
     with torch.no_grad():
         mean, var = (row[0].double() for row in norm.rows(ids))
         scale = torch.rsqrt(var + norm.eps)
-        weight, bias = norm.weight, norm.bias
-        if weight is not None and bias is not None:
-            return scale * weight.double(), bias.double() - mean * scale * weight.double()
-        return scale, -mean * scale
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        offset = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
+    return slot.recipe[1][0], getattr(slot, "keep_statistics", True), norm.eps, scale, offset
 
 
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    old = cast("Tensor | None", module._parameters.get(name))
-    dtype = old.dtype if old is not None else next((p.dtype for p in module.parameters()), torch.float32)
-    if old is None and name in module._buffers:
-        module._buffers[name] = value.to(cast(Tensor, module._buffers[name]).dtype)
-        return
-    module.register_parameter(name, nn.Parameter(value.to(dtype), requires_grad=old is None or old.requires_grad))
+class _Folder:
+    """Writes affine maps into a plain model, in the dtype and on the device of each module or else of the model."""
 
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.like = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
+    # ----------------------------------------------------------------------------------------------------------- norms
 
+    def norm(self, norm: Any, scale: Tensor, offset: Tensor, kept: bool, eps: float) -> None:
+        """A norm layer: into its statistics, into its affine map, or an affine map after it."""
+        entry = NORMS[qualified_name(type(norm))]
+        if entry.standardize is None:
+            norm.eps = eps
+            norm.running_mean.copy_(-offset / scale)
+            norm.running_var.copy_((scale.square().reciprocal() - eps).clamp_min(0))
+            return
+        if getattr(norm, "weight", None) is not None:
+            scale, offset = scale * norm.weight.double(), offset * norm.weight.double()
+        if getattr(norm, "bias", None) is not None:
+            offset = offset + norm.bias.double()
+        if kept and isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+            self._set(norm, "weight", scale)
+            self._set(norm, "bias", offset)
+            return
+        dims = {"InstanceNorm1d": 3, "InstanceNorm3d": 5}.get(type(norm).__name__, 4)
+        maps = entry.feature_dim == 1
+        after = self._batch_norm(dims, scale, offset) if maps else self._affine(scale, offset)
+        rest = [norm.drop, norm.act] if entry.fused else []
+        first = [_without_affine(norm, entry.fused)] if kept else []
+        self._replace(norm, nn.Sequential(*first, after, *rest))
 
-def _evaluation_batch_norm(dims: int, scale: Tensor, offset: Tensor, like: nn.Module) -> nn.Module:
-    parameter = next(iter(like.parameters()), scale)
-    kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims]
-    norm = kind(len(scale), eps=1e-5, device=parameter.device)
-    norm.running_var = torch.full_like(cast(Tensor, norm.running_var), 1 - norm.eps)
-    _set_parameter(norm, "weight", scale)
-    _set_parameter(norm, "bias", offset)
-    return norm.to(parameter.dtype).eval()
+    # ------------------------------------------------------------------------------------------- inputs and embeddings
 
+    def input(self, module: Any, scale: Tensor, offset: Tensor) -> None:
+        """A layer whose input is normalised: into its weights, or a batch norm before a zero-padded convolution."""
+        if type(module) is nn.Linear:
+            weight = module.weight.double()
+            self._set_linear(module, weight * scale, weight @ offset)
+            return
+        plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        unpadded = plain and module.padding in ("valid", (0,) * len(module.stride))
+        if plain and (unpadded or module.padding_mode != "zeros"):
+            weight = module.weight.double()  # (out, C / groups, ...)
+            group = torch.arange(weight.shape[0], device=weight.device) // (weight.shape[0] // module.groups)
+            channels = group[:, None] * weight.shape[1] + torch.arange(weight.shape[1], device=weight.device)
+            shape = (*channels.shape, *[1] * (weight.dim() - 2))
+            shift = (weight * offset[channels].reshape(shape)).flatten(1).sum(dim=1)
+            self._set_linear(module, weight * scale[channels].reshape(shape), shift)
+            return
+        dims = module.weight.dim()
+        before = self._affine(scale, offset) if dims == 2 else self._batch_norm(dims, scale, offset)
+        self._replace(module, nn.Sequential(before, module))
 
-def _affine_tokens(scale: Tensor, offset: Tensor, like: nn.Module) -> nn.Module:
-    from timm.models.mlp_mixer import Affine
+    def output(self, module: Any, scale: Tensor, offset: Tensor) -> None:
+        """A patch embedding whose output is normalised: into its norm or its projection, or an affine map after it."""
+        norm = getattr(module, "norm", None)
+        if norm is not None and qualified_name(type(norm)) in NORMS:
+            self.norm(norm, scale, offset, kept=True, eps=norm.eps)
+            return
+        projection: Any = getattr(module, "proj", None) or getattr(module, "projection", None)
+        if type(projection) in (nn.Conv2d, nn.Linear):
+            weight = projection.weight.double()
+            bias = 0.0 if projection.bias is None else projection.bias.double()
+            self._set(projection, "bias", bias * scale + offset)
+            self._set(projection, "weight", weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+            return
+        self._replace(module, nn.Sequential(module, self._affine(scale, offset)))
 
-    parameter = next(iter(like.parameters()), scale.float())
-    affine = Affine(len(scale)).to(parameter.device, parameter.dtype)
-    affine.alpha.data.copy_(scale.view_as(affine.alpha))
-    affine.beta.data.copy_(offset.view_as(affine.beta))
-    return cast(nn.Module, affine)
+    # ---------------------------------------------------------------------------------------------------------- pieces
 
+    def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
+        old = module._parameters.get(name)
+        buffer = module._buffers.get(name)
+        if buffer is not None:
+            module._buffers[name] = value.to(buffer)
+            return
+        like = self.like if old is None else old
+        trained = old is None or old.requires_grad
+        module.register_parameter(name, nn.Parameter(value.to(like), requires_grad=trained))
 
-# --------------------------------------------------------------------------------------------------------------- norms
+    def _set_linear(self, module: Any, weight: Tensor, shift: Tensor) -> None:
+        self._set(module, "bias", shift if module.bias is None else module.bias.double() + shift)
+        self._set(module, "weight", weight)
 
+    def _batch_norm(self, dims: int, scale: Tensor, offset: Tensor) -> nn.Module:
+        norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](len(scale))
+        cast(Tensor, norm.running_var).fill_(1 - norm.eps)
+        norm.to(self.like)
+        self._set(norm, "weight", scale)
+        self._set(norm, "bias", offset)
+        return norm.eval()
 
-def _fold_norm(root: nn.Module, name: str, norm: Any, scale: Tensor, offset: Tensor, kept: bool) -> None:
-    entry = NORMS[qualified_name(type(norm))]
-    if entry.standardize is None:
-        norm.running_mean.copy_(-offset / scale)
-        norm.running_var.copy_((scale.square().reciprocal() - norm.eps).clamp_min(0))
-        return
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if weight is not None:
-        scale, offset = scale * weight.double(), offset * weight.double()
-    if bias is not None:
-        offset = offset + bias.double()
-    if kept and isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
-        _set_parameter(norm, "weight", scale)
-        _set_parameter(norm, "bias", offset)
-        return
-    after = (
-        _evaluation_batch_norm(4, scale, offset, norm)
-        if entry.feature_dim == 1
-        else _affine_tokens(scale, offset, norm)
-    )
-    rest = [norm.drop, norm.act] if entry.fused else []
-    _replace(root, name, nn.Sequential(*([_without_affine(norm, entry.fused)] if kept else []), after, *rest))
+    def _affine(self, scale: Tensor, offset: Tensor) -> nn.Module:
+        from timm.models.mlp_mixer import Affine
+
+        affine = Affine(len(scale)).to(self.like)
+        affine.alpha.data.copy_(scale.view_as(affine.alpha))
+        affine.beta.data.copy_(offset.view_as(affine.beta))
+        return cast(nn.Module, affine)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` in every place that held ``old``."""
+        for parent in list(self.root.modules()):
+            for name, child in parent._modules.items():
+                if child is old and parent is not new:
+                    parent._modules[name] = new
 
 
 def _without_affine(norm: nn.Module, fused: bool) -> nn.Module:
@@ -140,45 +189,3 @@ def _without_affine(norm: nn.Module, fused: bool) -> nn.Module:
     if fused:
         plain.drop, plain.act = nn.Identity(), nn.Identity()
     return plain
-
-
-# ----------------------------------------------------------------------------------------------- inputs and embeddings
-
-
-def _fold_input(root: nn.Module, name: str, module: Any, scale: Tensor, offset: Tensor) -> None:
-    if type(module) is nn.Linear:
-        weight = module.weight.double()
-        _set_linear(module, weight * scale, weight @ offset)
-        return
-    plain_conv = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    padded = (
-        plain_conv and module.padding_mode == "zeros" and module.padding not in ("valid", (0,) * len(module.stride))
-    )
-    if plain_conv and not padded:
-        weight = module.weight.double()  # (out, C / groups, ...)
-        per_group = weight.shape[1]
-        groups = torch.arange(weight.shape[0], device=weight.device) // (weight.shape[0] // module.groups)
-        channels = groups[:, None] * per_group + torch.arange(per_group, device=weight.device)
-        shape = (*channels.shape, *[1] * (weight.dim() - 2))
-        shift = (weight * offset[channels].reshape(shape)).flatten(1).sum(dim=1)
-        _set_linear(module, weight * scale[channels].reshape(shape), shift)
-        return
-    dims = module.weight.dim() if plain_conv else 4
-    _replace(root, name, nn.Sequential(_evaluation_batch_norm(dims, scale, offset, module), module))
-
-
-def _set_linear(module: Any, weight: Tensor, shift: Tensor) -> None:
-    _set_parameter(module, "bias", shift if module.bias is None else module.bias.double() + shift)
-    _set_parameter(module, "weight", weight)
-
-
-def _fold_output(root: nn.Module, name: str, module: Any, scale: Tensor, offset: Tensor) -> None:
-    projection: Any = getattr(module, "proj", None) or getattr(module, "projection", None)
-    is_last = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
-    if is_last and type(projection) in (nn.Conv2d, nn.Linear):
-        weight = projection.weight.double()
-        bias = 0.0 if projection.bias is None else projection.bias.double()
-        _set_parameter(projection, "bias", bias * scale + offset)
-        _set_parameter(projection, "weight", weight * scale.view(-1, *[1] * (weight.dim() - 1)))
-        return
-    _replace(root, name, nn.Sequential(module, _affine_tokens(scale, offset, module)))

@@ -45,7 +45,8 @@ def patch_model(
             ``"embed"``; module-name patterns (full name, suffix or regular expression); None for ``"norms"`` where the
             model has any of that kind (cn modes), else ``"paper"``.
         context_names: names of the contexts; sets their number too.
-        config: a whole configuration; the arguments and options given beside it replace its fields.
+        config: a whole configuration. Options given beside it replace its fields; so do the arguments, where they
+            differ from their defaults.
         **options: further fields of ``ContextNormConfig``.
 
     Returns:
@@ -97,6 +98,11 @@ def _check_model(model: nn.Module) -> None:
             f"patch_model expects the model itself, received a {type(model).__name__}: patch first, then wrap, compile "
             "or script it."
         )
+    if "forward" in model.__dict__:
+        raise PatchError(
+            f"This {type(model).__name__} has a forward of its own on the instance, which would not take context_ids: "
+            "patch the model before adding hooks to it (accelerate's prepare and dispatch_model do)."
+        )
     for name, module in model.named_modules():
         if isinstance(module, (RoutedModel, Slot)):
             raise PatchError(
@@ -121,8 +127,8 @@ def _build_config(
         if value != getattr(default, name):
             given[name] = value
     if context_names is not None:
-        if isinstance(context_names, str):
-            raise ConfigError(f"context_names must be a list of names, received the string {context_names!r}.")
+        if isinstance(context_names, str) or not isinstance(context_names, Sequence):
+            raise ConfigError(f"context_names must be a list of names, received {context_names!r}.")
         given["context_names"] = tuple(context_names)
         given.setdefault("num_contexts", len(given["context_names"]))
     return base.replace(**given)
@@ -134,6 +140,11 @@ def _check_targets(model: nn.Module, targets: list[Target]) -> None:
             raise PatchError(
                 f"{type(model).__name__} is itself the layer to be swapped: use cn_hf.ContextNorm directly, or wrap it "
                 "in nn.Sequential."
+            )
+        if "forward" in target.module.__dict__:
+            raise PatchError(
+                f"{target.name} has a forward of its own on the instance, which would go past its contexts: patch the "
+                "model before adding hooks to it (accelerate's prepare and dispatch_model do)."
             )
         for attribute in ("normalizer", "router"):
             if hasattr(target.module, attribute):

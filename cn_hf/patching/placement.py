@@ -19,6 +19,7 @@ from cn_hf.patching.convert import NORMS, REFUSED, NormEntry, qualified_name
 
 __all__ = ["Target", "find_targets"]
 
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 KEYWORDS = ("norms", "paper", "input", "embed")
 FEATURE_DIMS = {"cn-patches": (-1,), "cn-channels": (1,), "cn": (1, -1), "bn": (1, -1), "mn": (1, -1)}
 
@@ -125,8 +126,8 @@ def _inventory(model: nn.Module) -> str:
 
 
 def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Target]:
-    modules = dict(model.named_modules())
-    meant: dict[str, None] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    meant: dict[int, tuple[str, nn.Module]] = {}
     for pattern in patterns:
         names = [name for name in modules if name and _matches(name, pattern)]
         norms = [name for name in names if _entry(modules[name]) is not None]
@@ -138,8 +139,10 @@ def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Ta
             )
         if not norms:
             raise PatchError(f"where={pattern!r} matches {_describe(modules, names)}, no norm layer cn_hf can swap.")
-        meant.update(dict.fromkeys(norms))
-    return [_named_norm(name, modules[name], mode) for name in modules if name in meant]
+        for name in norms:
+            meant.setdefault(id(modules[name]), (name, modules[name]))
+    order = {id(module): index for index, module in enumerate(model.modules())}
+    return [_named_norm(*meant[key], mode) for key in sorted(meant, key=order.__getitem__)]
 
 
 def _describe(modules: dict[str, nn.Module], names: list[str]) -> str:
@@ -196,7 +199,12 @@ def _input(model: nn.Module, mode: str) -> list[Target]:
     modules = dict(model.named_modules())
     found = [(name, module) for name in _first_names(model) if (module := _first_layer(modules.get(name))) is not None]
     if not found:
-        found = [(name, module) for name, module in modules.items() if _is_layer(module)][:1]
+        layers = (nn.MultiheadAttention, *LAYERS)
+        found = [item for item in modules.items() if isinstance(item[1], layers)][:1]
+        if found and isinstance(found[0][1], nn.MultiheadAttention):
+            raise PatchError(
+                f"The input of {type(model).__name__} goes into attention ({found[0][0]}); name norm layers."
+            )
     if not found:
         raise PatchError(f"{type(model).__name__} has no convolution or linear layer that could receive an input.")
     names = {id(module): name for name, module in modules.items()}
@@ -214,12 +222,8 @@ def _first_names(model: nn.Module) -> list[str]:
     return []
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-
-
 def _first_layer(module: nn.Module | None) -> nn.Module | None:
-    return None if module is None else next((m for m in module.modules() if _is_layer(m)), None)
+    return None if module is None else next((m for m in module.modules() if isinstance(m, LAYERS)), None)
 
 
 def _input_target(name: str, module: nn.Module) -> Target:

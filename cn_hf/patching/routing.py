@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm
-from cn_hf.norm.ids import ContextIds, resolve_context_ids
-from cn_hf.norm.layers import check_choice
+from cn_hf.norm.choices import check_choice
+from cn_hf.norm.ids import ContextIds, as_tensor, resolve_context_ids
 from cn_hf.patching.config import BASELINES, INFERENCE, ContextNormConfig
 
 __all__ = ["ContextRouter", "RoutedModel", "Swapped", "router_of", "set_inference", "swap_class", "use_contexts"]
@@ -74,6 +74,7 @@ class ContextRouter:
     Attributes:
         config: the model's configuration.
         ids: checked ids of the running call, or None.
+        backward_ids: ids of the call whose part of the graph runs backward, for activation checkpointing, or None.
         default: ids of the enclosing ``use_contexts``, or None.
         source: a context source for ``"predict"``, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
@@ -84,6 +85,7 @@ class ContextRouter:
     def __init__(self, config: ContextNormConfig) -> None:
         self.config = config
         self.ids: Tensor | None = None
+        self.backward_ids: Tensor | None = None
         self.default: Tensor | None = None
         self.source: ContextSourceLike | None = None
         self.pixel_mean: tuple[float, ...] = (0.0,)
@@ -97,7 +99,9 @@ class ContextRouter:
         Raises:
             ContextIdError: the leading dimension is no multiple of ``N``.
         """
-        ids = self.default if self.ids is None else self.ids
+        ids = self.ids
+        if ids is None:
+            ids = self.backward_ids if self.backward_ids is not None and _in_backward() else self.default
         if ids is None or ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
             return ids
         if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
@@ -131,7 +135,7 @@ class ContextRouter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles: not the running call, and the root only through its own ``__setstate__``."""
-        return self.__dict__ | {"ids": None, "default": None, "observer": None, "root": None}
+        return self.__dict__ | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
 
 
 def router_of(model: nn.Module) -> ContextRouter:
@@ -156,6 +160,11 @@ class RoutedModel(Swapped):
 
     router: ContextRouter
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Calling the class, as ``nn.Sequential`` does for its slices, makes a plain model: it has no router."""
+        swap_class(cast(nn.Module, self), self.original_class)
+        cast(Any, self).__init__(*args, **kwargs)
+
     @property
     def context_config(self) -> ContextNormConfig:
         """How the model was patched and how it runs without ids."""
@@ -173,7 +182,17 @@ class RoutedModel(Swapped):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, and wire the router to the new object."""
         super().__setstate__(state)  # type: ignore[misc]  # of nn.Module
-        self.router.root = weakref.ref(self)  # type: ignore[arg-type]  # the combined class is a module
+        if self.router.root is None:  # a shallow copy shares a router that has its root already
+            self.router.root = weakref.ref(self)  # type: ignore[arg-type]  # the combined class is a module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # of nn.Module
+        # Slots see a plain checkpoint by their own keys; those without tensors of their own cannot.
+        own = {prefix + key for key in self.state_dict() if ".normalizer." not in key}  # type: ignore[attr-defined]
+        if own <= state_dict.keys() and not any(".normalizer." in key for key in state_dict if key.startswith(prefix)):
+            for name, module in self.named_modules():  # type: ignore[attr-defined]  # of nn.Module
+                if hasattr(module, "start_anew") and not any(key.startswith(f"{prefix}{name}.") for key in own):
+                    module.start_anew(state_dict, f"{prefix}{name}.")
 
     def _replicate_for_data_parallel(self) -> Any:
         raise PatchError(
@@ -230,10 +249,11 @@ def _route(
     config = router.config
     if config.mode in BASELINES:
         return forward(model, *args, **kwargs)
-    first = _first_tensor(args, kwargs)
-    if ids is None and router.default is not None:
-        ids = router.default[0] if router.default.dim() == 1 and len(router.default) == 1 else router.default
-    if ids is not None:
+    if ids is not None or router.default is not None:
+        first = _first_tensor(args, kwargs)
+        if ids is None:
+            ids = cast(Tensor, router.default)
+            ids = ids.expand(first.shape[0], *ids.shape[1:]) if len(ids) == 1 else ids
         resolved = router.resolve(ids, first.shape[0], first.device)
         return _run(router, lambda: forward(model, *args, **kwargs), resolved)
     if model.training:
@@ -246,8 +266,9 @@ def _route(
             'inference="cn" needs context_ids: pass model(..., context_ids=ids), or call set_inference(model, "cn+").'
         )
     if config.inference == "average":
+        first = _first_tensor(args, kwargs)
         return _average(router, lambda: forward(model, *args, **kwargs), first, kwargs.get("labels"))
-    resolved_or_none = _predict(router, first) if config.inference == "predict" else None
+    resolved_or_none = _predict(router, _first_tensor(args, kwargs)) if config.inference == "predict" else None
     return _run(router, lambda: forward(model, *args, **kwargs), resolved_or_none)
 
 
@@ -259,6 +280,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None) -> Any:
+    if router.backward_ids is not None and not _in_backward():
+        router.backward_ids = None  # left by a backward that failed
     previous = router.ids
     router.ids = ids
     try:
@@ -274,15 +297,19 @@ def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> Non
     # Activation checkpointing runs the layers again during backward. Each call's ids must be there while its own part
     # of the graph runs, which begins at the call's outputs, and be gone afterwards.
     def reset() -> None:
-        router.ids = None
+        router.backward_ids = None
 
     def restore(grad: Tensor) -> None:
-        router.ids = ids
+        router.backward_ids = ids
         torch.autograd.Variable._execution_engine.queue_callback(reset)
 
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(restore)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _predict(router: ContextRouter, images: Tensor) -> Tensor:
@@ -342,10 +369,9 @@ def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
     router = router_of(model)
     tensor = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    one = isinstance(context_ids, (int, str)) or (isinstance(context_ids, Tensor) and context_ids.dim() == 0)
-    size = 1 if one else len(cast(Sequence[Any], context_ids))
+    ids = as_tensor(context_ids, router.config.context_names)
     previous = router.default
-    router.default = router.resolve(context_ids, size, device)
+    router.default = router.resolve(ids, ids.shape[0] if ids.dim() else 1, device)
     try:
         yield
     finally:
@@ -388,11 +414,20 @@ def set_inference(
     source = router.source if source is None else source
     if inference == "predict":
         _check_source(source, config.num_contexts)
+    pixel_mean, pixel_std = _per_channel("mean", mean, router.pixel_mean), _per_channel("std", std, router.pixel_std)
     router.config, router.source = config, source
-    router.pixel_mean = router.pixel_mean if mean is None else tuple(float(value) for value in mean)
-    router.pixel_std = router.pixel_std if std is None else tuple(float(value) for value in std)
+    router.pixel_mean, router.pixel_std = pixel_mean, pixel_std
     apply_inference(model, config)
     return model
+
+
+def _per_channel(name: str, values: Sequence[float] | None, current: tuple[float, ...]) -> tuple[float, ...]:
+    if values is None:
+        return current
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be one number a channel, received {values!r}.") from error
 
 
 def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:

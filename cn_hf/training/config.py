@@ -14,17 +14,22 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cn_hf.errors import ConfigError, nearest
 
-__all__ = ["MIXED_PRECISIONS", "OPTIMIZERS", "SCHEDULES", "TrainingConfig", "option"]
+if TYPE_CHECKING:
+    from cn_hf.patching.config import ContextNormConfig
+
+__all__ = ["CALIBRATE", "MIXED_PRECISIONS", "OPTIMIZERS", "PLACEMENTS", "SCHEDULES", "TrainingConfig", "option"]
 
 OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
+CALIBRATE = ("auto", "always", "never")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+PLACEMENTS = ("norms", "paper", "input", "embed")
 
 
 def option(help: str, default: Any = dataclasses.MISSING, *, section: str) -> Any:
@@ -61,13 +66,21 @@ class TrainingConfig:
     validation_fraction: float = option("part of train kept for validation", 0.1, section="data")
     image_column: str | None = option("image column; found by its type if not given", None, section="data")
     label_column: str | None = option("label column; found by its type if not given", None, section="data")
-    image_size: int | None = option("side of the square images the network gets", None, section="data")
+    image_size: int | None = option("side of the square images the network gets; else as stored", None, section="data")
+    decode_size: int | None = option(
+        "side to decode to; else image_size, or as stored where that is smaller", None, section="data"
+    )
     max_train_images: int | None = option("train on the first so many images of a shuffle", None, section="data")
     max_test_images: int | None = option("test on the first so many images of a shuffle", None, section="data")
     share_labels: bool = option("blended datasets share one label space", False, section="data")
     skip_corrupt: bool = option("leave out images that cannot be read, and count them", False, section="data")
-    crop_padding: int = option("pixels of padding before the random crop", 0, section="data")
-    horizontal_flip: bool = option("mirror half of the images", False, section="data")
+    augment: tuple[str, ...] = option("flip, crop, rotation, zoom", (), section="data")
+    augment_options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=about("options of AugmentationConfig", "data")
+    )
+    mean: tuple[float, ...] = option("mean of each channel, white being 1; else measured", (), section="data")
+    std: tuple[float, ...] = option("standard deviation of each channel; else measured", (), section="data")
+    drop_last: bool = option("leave out the last batch of an epoch where it is smaller", False, section="data")
 
     mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "none", section="contexts")
     where: tuple[str, ...] = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
@@ -76,8 +89,12 @@ class TrainingConfig:
     norm_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=about("further options of ContextNormConfig", "contexts")
     )
-    calibrate: bool = option("set the new norms from training images first", True, section="contexts")
-    calibration_batches: int = option("batches used for that", 8, section="contexts")
+    calibrate: str = option(
+        "start the norms from training images: auto (where a BatchNorm had none), always, never",
+        "auto",
+        section="contexts",
+    )
+    calibration_batches: int = option("training batches used for that", 8, section="contexts")
 
     epochs: int = option("passes over the training images", 100, section="training")
     batch_size: int = option("images per step, over all processes", 256, section="training")
@@ -98,7 +115,7 @@ class TrainingConfig:
     label_smoothing: float = option("label smoothing", 0.0, section="training")
     patience: int | None = option("stop after so many epochs without a better validation", None, section="training")
     keep_best: bool = option("end with the weights of the best validation epoch", True, section="training")
-    mixed_precision: str = option("no, fp16 or bf16", "no", section="training")
+    mixed_precision: str | None = option("no, fp16 or bf16; else the launcher's", None, section="training")
     seed: int = option("seed of weights, data order and augmentation", 0, section="training")
 
     baseline: bool = option("also train the same network without contexts, for the leak check", False, section="output")
@@ -112,15 +129,19 @@ class TrainingConfig:
             object.__setattr__(self, field.name, value)
         if not self.model:
             raise ConfigError("model is empty; give a timm name or a transformers id or folder")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("mixed_precision", MIXED_PRECISIONS)):
-            if (value := getattr(self, name)) not in known:
+        choices = {
+            "calibrate": CALIBRATE, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "mixed_precision": MIXED_PRECISIONS
+        }  # fmt: skip
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known and value is not None:
                 raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
         self._check_ranges()
         self._check_agreement()
+        self.context_norm_config()
 
     def _check_ranges(self) -> None:
         at_least = {
-            "image_size": 1, "max_train_images": 1, "max_test_images": 1, "crop_padding": 0, "num_contexts": 1,
+            "image_size": 1, "decode_size": 1, "max_train_images": 1, "max_test_images": 1, "num_contexts": 1,
             "calibration_batches": 1, "epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_epochs": 0.0,
             "minimum_learning_rate": 0.0, "patience": 1, "seed": 0,
         }  # fmt: skip
@@ -138,6 +159,10 @@ class TrainingConfig:
     def _check_agreement(self) -> None:
         if any(epoch < 1 for epoch in self.step_epochs) or list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise ConfigError(f"step_epochs must be positive and rising, got {list(self.step_epochs)}")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ConfigError(
+                f"mean and std need one value per channel each, std positive; got {self.mean}, {self.std}"
+            )
         if self.schedule == "step" and not self.step_epochs:
             raise ConfigError("schedule 'step' needs step_epochs, e.g. 60 80")
         if self.warmup_epochs > self.epochs:
@@ -146,6 +171,39 @@ class TrainingConfig:
             raise ConfigError(
                 f"minimum_learning_rate {self.minimum_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
+
+    def context_norm_config(
+        self, num_contexts: int | None = None, context_names: tuple[str, ...] | None = None
+    ) -> ContextNormConfig | None:
+        """How the network is to be patched, or None where ``mode`` is "none".
+
+        Args:
+            num_contexts: T as the source says; None: this config's ``num_contexts``, else the default.
+            context_names: T names.
+
+        Raises:
+            ConfigError: An entry of ``norm_options`` is unknown, out of range, or has a field of its own here.
+        """
+        # Here and not above: it imports torch, which `--help` can do without.
+        from cn_hf.patching.config import MODES, ContextNormConfig
+
+        if self.mode not in ("none", *MODES):
+            raise ConfigError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('none', *MODES))}")
+        for name in ("mode", "where", "num_contexts", "context_names"):
+            if name in self.norm_options:
+                raise ConfigError(f"norm_options holds {name!r}, which is set by the option or source of its own")
+        if self.mode == "none":
+            if self.norm_options or self.where:
+                raise ConfigError("mode is 'none', so where and norm_options have no effect; give a mode")
+            return None
+        options: dict[str, Any] = {"mode": self.mode, **self.norm_options}
+        if self.where:
+            is_keyword = len(self.where) == 1 and self.where[0] in PLACEMENTS
+            options["where"] = self.where[0] if is_keyword else self.where
+        count = self.num_contexts if num_contexts is None else num_contexts
+        if count is not None:
+            options["num_contexts"] = count
+        return ContextNormConfig.from_dict({**options, "context_names": context_names})
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some options changed, validated again."""

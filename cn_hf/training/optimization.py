@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-import cn_hf
 from cn_hf.errors import ConfigError, TrainingError, nearest
+from cn_hf.patching.patch import context_parameters
+from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 
 __all__ = ["build_optimizer", "learning_rate_at", "parameter_groups", "set_learning_rate"]
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -37,16 +39,20 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         TrainingError: No parameter is trainable.
     """
     added: set[int] = set()
-    if not config.decay_context_parameters and hasattr(model, "context_config"):
-        added = {id(parameter) for parameter in cn_hf.context_parameters(model)}
-    listed = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()
-    decayed, spared = [], []
+    if isinstance(model, RoutedModel):
+        added = {id(parameter) for parameter in context_parameters(model)}
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    listed: set[str] = set(no_weight_decay()) if callable(no_weight_decay) else set()
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        one_dimensional = parameter.ndim <= 1 or name in listed
-        spare = id(parameter) in added or (one_dimensional and not config.decay_one_dimensional)
-        (spared if spare else decayed).append(parameter)
+        if id(parameter) in added:
+            decay = config.decay_context_parameters
+        else:
+            decay = config.decay_one_dimensional or (parameter.ndim > 1 and name not in listed)
+        (decayed if decay else spared).append(parameter)
     if not decayed and not spared:
         raise TrainingError("no parameter of the model has requires_grad=True; unfreeze the ones to train")
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -71,7 +77,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     try:
         return factory(groups, lr=config.learning_rate, **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"torch's {factory.__name__} refuses optimizer_args {config.optimizer_args}: {error}") from error
+        raise ConfigError(
+            f"torch's {config.optimizer} refuses optimizer_args {config.optimizer_args}: {error}"
+        ) from error
 
 
 def learning_rate_at(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:

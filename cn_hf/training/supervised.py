@@ -24,6 +24,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from cn_hf.errors import TrainingError
+from cn_hf.evaluation.networks import bare_network, evaluating
+from cn_hf.files import write_whole
+from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
 from cn_hf.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
@@ -37,24 +40,37 @@ Batch = Mapping[str, Tensor]
 class TrainingBatches(Protocol):
     """What the loop needs of training data: one pass per epoch, a length in batches, a shuffle per epoch."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """Images of an epoch over all processes."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __len__(self) -> int: ...
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int) -> None:
+        """Pick the shuffle and augmentation of epoch ``epoch``, counted from 0."""
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator for a run: its precision from the config, its processes and devices from the launcher."""
-    return Accelerator(mixed_precision=config.mixed_precision)
+    """The Accelerator for a run: its processes and devices from the launcher, its precision from the config if given.
+
+    Raises:
+        TrainingError: This device lacks the precision, or the process already runs with another one.
+    """
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as error:
+        raise TrainingError(
+            f"mixed_precision {config.mixed_precision!r} cannot be had here: {error} "
+            "Choose 'no', or start the run in another process if this one began with another precision."
+        ) from error
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (N, classes) of a timm or transformers classifier, its contexts given by keyword where it knows any."""
     contexts = {}
-    if "context_ids" in batch and hasattr(_plain(model), "context_config"):
+    if "context_ids" in batch and isinstance(bare_network(model), RoutedModel):
         contexts["context_ids"] = batch["context_ids"]
     output = model(batch["pixel_values"], **contexts)
     logits = output if isinstance(output, Tensor) else output.logits
@@ -98,14 +114,11 @@ def fit(
     if len(train_batches) == 0 or train_batches.num_samples == 0:
         raise TrainingError("the training data holds no images; check the split and its size")
     set_seed(config.seed, device_specific=True)
-    own_forward = model.__dict__.get("forward")
-    raw_optimizer = build_optimizer(model, config)
-    prepared, optimizer = accelerator.prepare(model, raw_optimizer)
-    try:
-        loop = _Loop(prepared, optimizer, train_batches, config, accelerator, description)
+    _check_equal_lengths(len(train_batches), accelerator)
+    optimizer = build_optimizer(model, config)
+    with _prepared(model, optimizer, accelerator) as (prepared_model, prepared_optimizer):
+        loop = _Loop(prepared_model, prepared_optimizer, train_batches, config, accelerator, description)
         return loop.run(validation_batches, None if output_dir is None else Path(output_dir))
-    finally:
-        _release(model, own_forward, accelerator)
 
 
 def mean_loss_and_accuracy(model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) -> tuple[float, float]:
@@ -116,17 +129,17 @@ def mean_loss_and_accuracy(model: nn.Module, batches: Iterable[Batch], accelerat
     Raises:
         TrainingError: There is no image.
     """
-    plain = _plain(model)
-    totals = torch.zeros(3, dtype=torch.float64, device=_statistics_device(accelerator))
-    with _evaluating(plain), torch.no_grad(), accelerator.autocast():
+    plain = bare_network(model)
+    totals = [torch.zeros(3, device=accelerator.device)]
+    with evaluating(plain), torch.no_grad(), accelerator.autocast():
         for batch in batches:
             batch = _on_device(batch, accelerator.device)
-            if len(batch["labels"]) == 0:
-                continue
             logits = forward_logits(plain, batch)
             loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
-            totals += _totals(loss, logits, batch["labels"]).to(totals)
-    loss_sum, correct, count = _summed(totals, accelerator).tolist()
+            totals.append(_totals(loss, logits, batch["labels"]))
+    # float64, since a float32 count stops at 16.7 million images.
+    local = torch.stack(totals).cpu().double().sum(0)
+    loss_sum, correct, count = _summed(local, accelerator).tolist()
     if count == 0:
         raise TrainingError("the validation data holds no images; check validation_split and validation_fraction")
     return loss_sum / count, correct / count
@@ -161,14 +174,14 @@ class _Loop:
                 record = self._epoch(epoch, validation_batches, bar)
                 is_best = history.append(record)
                 if is_best and self.config.keep_best:
-                    best_weights = _copy_of_state(_plain(self.model))
+                    best_weights = _copy_of_state(bare_network(self.model))
                 history.stopped_early = self._out_of_patience(history)
                 if output_dir is not None and self.accelerator.is_main_process:
-                    write_text(output_dir / "history.json", json.dumps(history.to_dict(), indent=2))
+                    write_whole(output_dir / "history.json", json.dumps(history.to_dict(), indent=2).encode())
                 if history.stopped_early:
                     break
         if best_weights is not None:
-            _plain(self.model).load_state_dict(best_weights)
+            bare_network(self.model).load_state_dict(best_weights)
         return history
 
     def _epoch(self, epoch: int, validation_batches: Iterable[Batch] | None, bar: ProgressBar) -> EpochRecord:
@@ -184,6 +197,7 @@ class _Loop:
         loss_sum, correct, count = self.epoch_totals
         validation: tuple[float, float] | None = None
         if validation_batches is not None:
+            _share_buffers(bare_network(self.model), self.accelerator)
             validation = mean_loss_and_accuracy(self.model, validation_batches, self.accelerator)
             bar.show(validation=f"{100 * validation[1]:.1f}%")
         return EpochRecord(
@@ -200,12 +214,10 @@ class _Loop:
 
     def _train_step(self, batch: Batch, bar: ProgressBar) -> None:
         set_learning_rate(self.optimizer, learning_rate_at(self.step, len(self.batches), self.config))
-        count = torch.tensor(float(len(batch["labels"])), device=self.accelerator.device)
+        count = torch.full((), float(len(batch["labels"])), device=self.accelerator.device)
         images = _summed(count, self.accelerator)
         logits = forward_logits(self.model, batch)
-        loss = F.cross_entropy(
-            logits, batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing
-        )
+        loss = F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing)
         self.pending.append(_totals(loss, logits, batch["labels"]))
         self.step += 1
         if len(self.pending) >= self.check_every:
@@ -226,7 +238,7 @@ class _Loop:
                 raise TrainingError(
                     f"the training loss is {loss_sum / count} at step {step}; a lower learning rate, warm-up or "
                     f"mixed_precision 'no' may help (learning rate {self.optimizer.param_groups[0]['lr']:g}, "
-                    f"mixed_precision {self.config.mixed_precision!r})"
+                    f"mixed_precision {self.accelerator.mixed_precision!r})"
                 )
             for place, value in enumerate((loss_sum, correct, count)):
                 self.epoch_totals[place] += value
@@ -240,9 +252,58 @@ class _Loop:
         return len(history.epochs) - history.best_epoch >= self.config.patience
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: under a temporary name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+@contextlib.contextmanager
+def _prepared(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> Iterator[tuple[nn.Module, Any]]:
+    """Model and optimizer as Accelerate wraps them; afterwards the model has its own ``forward`` back."""
+    names = ("forward", "_original_forward")
+    own: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield accelerator.prepare(model, optimizer)
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(own)
+        accelerator.free_memory()
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _totals(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of losses, number of right answers, number of images: (3,) float32."""
+    loss_sum = loss_sum.detach().float()
+    correct = (logits.detach().argmax(dim=1) == labels).sum()
+    return torch.stack([loss_sum.detach().float(), correct.float(), torch.full_like(loss_sum, len(labels))])
+
+
+def _summed(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum of ``values`` over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    total: Tensor = accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    return total
+
+
+def _check_equal_lengths(steps: int, accelerator: Accelerator) -> None:
+    """Processes with different numbers of steps would wait for each other forever."""
+    lengths = accelerator.gather(torch.tensor([steps], device=accelerator.device)).tolist()
+    if len(set(lengths)) > 1:
+        raise TrainingError(f"every process needs the same number of batches, got {lengths} by rank; shard them evenly")
+
+
+def _share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the main one's running statistics, so that all validate and keep the same network."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def _copy_of_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict in the CPU's memory, untouched by further training."""
+    return {
+        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }

@@ -1,0 +1,89 @@
+"""The ``cn-hf`` command. Each subcommand is a few lines that call into the package.
+
+Heavy libraries are imported by the subcommand that needs them, so that ``cn-hf --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import cn_hf
+from cn_hf.errors import CnHfError
+
+__all__ = ["app", "main", "run_app"]
+
+app = typer.Typer(
+    name="cn-hf",
+    help="Context Normalization for timm and Hugging Face vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_OTHER_PROCESS_PATIENCE = 3.0  # seconds
+
+
+def main() -> None:
+    """Entry point of ``cn-hf``."""
+    run_app(app)
+
+
+def run_app(application: typer.Typer) -> None:
+    """Run a command line. A ``CnHfError`` becomes one message on stderr and exit code 1, without a traceback.
+
+    Where several processes run the same command and all fail alike, the main one alone speaks: the others give it a
+    moment to end the run, and speak only if it does not.
+    """
+    try:
+        application()
+    except CnHfError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        where = ""
+        if rank != 0:
+            time.sleep(_OTHER_PROCESS_PATIENCE)
+            where = f" [process {rank}]"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"cn_hf {cn_hf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Context Normalization for timm and Hugging Face vision models."""
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder for results.json, figures and the checkpoint.")] = Path(
+        "cn-hf-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and backgrounds.")] = 0,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Train a small network on handwritten digits of two domains with BN, without CN and with CN, and compare them.
+
+    Needs neither network nor GPU, and less than 90 seconds on two cores.
+    """
+    from cn_hf.training.demo import run_demo
+
+    run_demo(output_dir, seed=seed, progress=progress)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""What every context source is: names, fit on the training split, apply to any split, predict, save, load.
+
+A source says which context each sample of a dataset belongs to (SPEC section 4): it adds an int64 ``ClassLabel`` column
+``context_ids``. Most differ in three hooks only: what they fit, which columns they read, and how a batch of those
+becomes ids.
+
+Shape legend: ``N`` samples, ``T`` contexts; ids are int64 ``(N,)`` in ``0..T-1``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from cn_hf.contexts.access import (
+    CONTEXT_COLUMN,
+    DatasetLike,
+    Split,
+    check_columns,
+    features_of,
+    map_splits,
+    raw_batches,
+    training_split,
+    with_context_ids,
+)
+from cn_hf.contexts.storage import CONFIG_FILE, read_source, write_source
+from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, nearest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ContextSource", "RowContextSource", "check_names"]
+
+_MODULES = ("clusters", "column", "origin", "rules")
+
+
+def check_names(names: object, what: str = "context names") -> tuple[str, ...]:
+    """Names as a tuple: at least one, non-empty strings, all different.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(f"Expected a list of {what}, received {names!r}.")
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        raise ConfigError(f"Expected {what} that are non-empty strings, all different; received {list(names)!r}.")
+    return tuple(names)
+
+
+class ContextSource(ABC):
+    """Names the context of each sample.
+
+    Subclasses set ``type``, the name in saved files, and define ``_apply_split`` (most by ``RowContextSource``) and
+    ``_from_state``; those that learn from data ``_fit_split``, those that can be asked about images alone ``predict``.
+    """
+
+    type: ClassVar[str]
+    given: ClassVar[tuple[str, ...]] = ()
+    """Arguments of ``load`` that stand for parts that are not saved."""
+    _names: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Context names, in the order of their ids.
+
+        Raises:
+            ContextSourceError: they come from data and the source is not fitted yet.
+        """
+        if self._names is None:
+            raise self._not_fitted()
+        return self._names
+
+    @property
+    def num_contexts(self) -> int:
+        """How many contexts there are (``T``)."""
+        return len(self.names)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the source can name contexts now."""
+        return self._names is not None
+
+    def fit(self, dataset: DatasetLike) -> Self:
+        """Learn the contexts from the training split alone.
+
+        Args:
+            dataset: ``DatasetDict`` or ``IterableDatasetDict``, of which ``"train"`` is used and nothing else; or one
+                ``Dataset`` or ``IterableDataset``, taken to be the training split.
+
+        Returns:
+            The source itself. After an error it is as it was before.
+
+        Raises:
+            DatasetError: no split ``"train"``, a missing column, a value that cannot be used.
+            DatasetFileError: an image cannot be decoded; names its row.
+        """
+        self._fit_split(training_split(dataset))
+        return self
+
+    def apply(self, dataset: DatasetLike, *, overwrite: bool = False) -> DatasetLike:
+        """A dataset of the same kind with the column ``context_ids``: int64, a ``ClassLabel`` with the context names.
+
+        Streams compute it as they are read. The dataset given is not changed; format and other columns stay.
+
+        Args:
+            dataset: ``Dataset``, ``DatasetDict``, ``IterableDataset`` or ``IterableDatasetDict``.
+            overwrite: replace an existing column ``context_ids``.
+
+        Raises:
+            ContextSourceError: the source is not fitted.
+            DatasetError: the column exists already, or one the source reads is missing or holds an unknown value; names
+                the row.
+            DatasetFileError: an image cannot be decoded; names its row.
+        """
+        self._prepare(dataset)
+        self._check_fitted()
+        snapshot = copy.copy(self)  # streams compute later: fitting this source again must not change them
+        return map_splits(dataset, lambda split: snapshot._apply_split(split, overwrite))
+
+    def predict(self, images: Any) -> Tensor:
+        """Contexts of images.
+
+        Args:
+            images: uint8 tensor ``(N, C, H, W)``, or a list of PIL images.
+
+        Returns:
+            int64 ids ``(N,)``, on the images' device.
+
+        Raises:
+            ContextSourceError: the context cannot be told from pixels, or the source is not fitted.
+        """
+        raise ContextSourceError(
+            f"{self.__class__.__name__} cannot tell a context from pixels alone. Use ClusterContexts, "
+            "BrightnessContexts or RuleContexts(on='image') to predict, or give context_ids."
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``context_source.json`` and ``context_source.safetensors`` into ``folder``, each whole or not at all.
+
+        Raises:
+            ContextSourceError: the source is not fitted.
+            CheckpointError: the folder cannot be written.
+        """
+        self._check_fitted()
+        config, tensors = self._state()
+        write_source(folder, {"type": self.type, "names": list(self.names), **config}, tensors)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        features: Callable[..., Any] | None = None,
+        fn: Callable[..., Any] | None = None,
+    ) -> Self:
+        """Read a source saved by ``save``. Called on ``ContextSource`` it returns whichever source was saved.
+
+        Args:
+            folder: where it was saved.
+            features: the embedding model of a ``ClusterContexts`` that was fitted with one; models are not saved.
+            fn: the function of a ``RuleContexts``; code is not saved.
+
+        Raises:
+            CheckpointError: no source there, files truncated or newer than this version, or a source of another class.
+            ContextSourceError: ``features`` or ``fn`` is needed and missing, or is not what the source was fitted with.
+        """
+        config, tensors = read_source(folder)
+        known, kind = _known_sources(), str(config.get("type"))
+        if kind not in known:
+            raise CheckpointError(f"{folder} holds a context source of unknown type; {nearest(kind, known)}")
+        source = known[kind]
+        if not issubclass(source, cls):
+            raise CheckpointError(f"{folder} holds a {source.__name__}, not a {cls.__name__}.")
+        given = {name: value for name, value in (("features", features), ("fn", fn)) if value is not None}
+        for name in given:
+            if name not in source.given:
+                raise ContextSourceError(f"A {source.__name__} is whole as saved and takes no {name}=.")
+        try:
+            loaded: Self = source._from_state(config, tensors, given)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{CONFIG_FILE} in {folder} does not describe a {source.__name__} ({type(error).__name__}: {error})."
+            ) from error
+        return loaded
+
+    def _fit_split(self, split: Split) -> None:  # noqa: B027  # doing nothing is a valid choice
+        """Learn from the training split; the default knows all it needs. Assigns nothing before all has succeeded."""
+
+    def _prepare(self, dataset: DatasetLike) -> None:  # noqa: B027  # doing nothing is a valid choice
+        """Before ``apply``: where a source can be fitted from a dataset's features alone."""
+
+    @abstractmethod
+    def _apply_split(self, split: Split, overwrite: bool) -> Split:
+        """The split with its ids added."""
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What ``save`` writes besides type and names: JSON values and tensors."""
+        return {}, {}
+
+    @classmethod
+    @abstractmethod
+    def _from_state(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], given: Mapping[str, Callable[..., Any]]
+    ) -> Self:
+        """The source that ``_state`` described; ``given`` are the parts that cannot be saved."""
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise self._not_fitted()
+
+    def _not_fitted(self) -> ContextSourceError:
+        return ContextSourceError(
+            f"This {self.__class__.__name__} is not fitted: call fit(dataset) with training data, or load a saved one."
+        )
+
+
+class RowContextSource(ContextSource):
+    """A source whose ids are a function of each row: subclasses say of which columns, and how a batch becomes ids."""
+
+    batch_size: ClassVar[int] = 1000
+
+    @abstractmethod
+    def _columns(self, features: Mapping[str, Any]) -> list[str]:
+        """The columns the source reads, which exist."""
+
+    @abstractmethod
+    def _batch_ids(
+        self, batch: Mapping[str, list[Any]], rows: list[int], features: Mapping[str, Any]
+    ) -> npt.NDArray[np.int64]:
+        """Ids ``(N,)`` of a batch whose images are undecoded; ``features`` are the dataset's, ``rows`` for messages."""
+
+    def _apply_split(self, split: Split, overwrite: bool) -> Split:
+        features = features_of(split)
+        columns = self._columns(features)
+        check_columns(features, columns)
+        if CONTEXT_COLUMN in columns and overwrite:
+            raise DatasetError(f"Contexts are read from column {CONTEXT_COLUMN!r}: it cannot be overwritten too.")
+        return with_context_ids(
+            split,
+            self.names,
+            _BatchIds(self, features),
+            ids=lambda: self._split_ids(split, features, columns),
+            overwrite=overwrite,
+            batch_size=self.batch_size,
+        )
+
+    def _split_ids(
+        self, split: datasets.Dataset, features: Mapping[str, Any], columns: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        """All ids of a ``Dataset``."""
+        batches = raw_batches(split, columns, self.batch_size)
+        parts = [self._batch_ids(batch, rows, features) for rows, batch in batches]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+class _BatchIds:
+    """A source and a stream's features as the function mapped over that stream."""
+
+    def __init__(self, source: RowContextSource, features: Mapping[str, Any]) -> None:
+        self.source = source
+        self.features = features
+
+    def __call__(self, batch: dict[str, list[Any]], rows: list[int]) -> npt.NDArray[np.int64]:
+        return self.source._batch_ids(batch, rows, self.features)
+
+
+def _known_sources() -> dict[str, Any]:
+    """Sources by ``type``: the package's and every subclass a user has defined."""
+    for module in _MODULES:
+        importlib.import_module(f"cn_hf.contexts.{module}")
+    known: dict[str, Any] = {}
+    waiting: list[Any] = [ContextSource]
+    while waiting:
+        for source in waiting.pop().__subclasses__():
+            waiting.append(source)
+            if "type" in vars(source):
+                known[source.type] = source
+    return known

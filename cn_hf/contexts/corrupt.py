@@ -1,0 +1,68 @@
+"""Leaving out images that cannot be decoded: asked for by name, counted, never silent."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import datasets
+
+from cn_hf.contexts.access import (
+    DatasetLike,
+    Split,
+    features_of,
+    map_splits,
+    raw_features,
+    restore_format,
+    with_features,
+)
+from cn_hf.contexts.images import decode_image, find_image_column, iter_decoded
+from cn_hf.errors import DatasetFileError
+
+__all__ = ["drop_corrupt_images"]
+
+
+def drop_corrupt_images(dataset: DatasetLike, image_column: str | None = None) -> DatasetLike:
+    """The dataset without the rows whose image cannot be decoded; a warning says how many and which.
+
+    Streams are filtered as they are read, so nothing can be counted beforehand: each row left out warns by itself.
+
+    Args:
+        dataset: ``Dataset``, ``DatasetDict``, ``IterableDataset`` or ``IterableDatasetDict``; left as it is.
+        image_column: found by its feature when None.
+
+    Returns:
+        A dataset of the same kind.
+    """
+    return map_splits(dataset, lambda split: _drop_corrupt(split, image_column))
+
+
+def _drop_corrupt(split: Split, image_column: str | None) -> Split:
+    features = features_of(split)
+    column = find_image_column(features, image_column)
+    if isinstance(split, datasets.IterableDataset):
+        raw = with_features(split.with_format(None), raw_features(features))
+        return restore_format(with_features(raw.filter(_Decodable(column), with_indices=True), features), split)
+    batches = iter_decoded(split, column, skip_corrupt=True, progress="checking images")
+    good = [row for batch in batches for row in batch.rows]
+    if len(good) == len(split):
+        return split
+    bad = sorted(set(range(len(split))) - set(good))
+    shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+    warnings.warn(f"Left out {len(bad)} of {len(split)} images that cannot be read: rows {shown}.", stacklevel=4)
+    return split.select(good)
+
+
+class _Decodable:
+    """A stream's filter: whether the image decodes."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def __call__(self, example: dict[str, Any], row: int) -> bool:
+        try:
+            decode_image(example[self.column])
+        except DatasetFileError as error:
+            warnings.warn(f"Left out image {row} of column {self.column!r}: {error}.", stacklevel=2)
+            return False
+        return True

@@ -1,0 +1,332 @@
+"""Clustering and principal components over chunks of vectors: Gaussian mixtures by EM, k-means, PCA.
+
+The vectors may be uint8 pixels, read as ``x / 255`` a chunk at a time, so that a data set of images is never held as
+floats. Both clusterings start from k-means++ (Arthur and Vassilvitskii 2007) and settle on a sample of the vectors
+before they see all of them; their statistics are sums over chunks. Components that lose (nearly) all their vectors are
+set anew, without randomness: the largest component is split in two.
+
+Shape legend: ``M`` vectors, ``F`` features, ``K`` components, ``D`` principal components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cn_hf.norm.functional import (
+    MixtureStatistics,
+    gaussian_log_density,
+    kmeans_plusplus,
+    mixture_statistics,
+    mixture_update,
+)
+
+__all__ = ["Clustering", "assign", "cluster", "expectation_maximisation", "lloyd", "principal_components", "project"]
+
+_CHUNK_ELEMENTS = 2**20  # float32 chunks of 4 MiB stay in a CPU's cache between the passes over them
+_START_VECTORS = 4096
+_SAMPLE_VECTORS = 8192
+_MAX_REVIVALS = 3  # per component
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Clustering:
+    """Fitted components: ``mean`` ``(K, F)``; for mixtures also ``var`` ``(K, F)`` and ``prior`` ``(K,)``; float32.
+
+    ``objective`` is the mean log-likelihood of a vector (mixtures), or its mean squared distance to its centre
+    (k-means); ``num_iterations`` counts passes over all vectors.
+    """
+
+    mean: Tensor
+    var: Tensor | None
+    prior: Tensor | None
+    objective: float
+    num_iterations: int
+
+
+def _as_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    size = max(1, _CHUNK_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
+        yield _as_float(x[start : start + size], dtype)
+
+
+def assign(x: Tensor, clustering: Clustering) -> Tensor:
+    """The component each vector belongs to: the likeliest, or for k-means the nearest.
+
+    In float64, so that how the vectors are split into batches changes no id.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        clustering: on any device.
+
+    Returns:
+        int64 ``(M,)``, on the device of ``x``.
+    """
+    mean = clustering.mean.to(x.device, torch.float64)
+    var = torch.ones_like(mean) if clustering.var is None else clustering.var.to(mean)
+    bias = mean.new_zeros(()) if clustering.prior is None else clustering.prior.to(mean).log()
+    parts = [(gaussian_log_density(chunk, mean, var) + bias).argmax(dim=1) for chunk in _chunks(x, torch.float64)]
+    return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.int64)
+
+
+def cluster(
+    x: Tensor,
+    num_components: int,
+    *,
+    method: str,
+    seed: int = 0,
+    max_iterations: int = 100,
+    tol: float = 1e-3,
+    reg_covar: float = 1e-3,
+    min_share: float = 0.01,
+) -> Clustering:
+    """Cluster vectors from scratch.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        num_components: ``K``, at most ``M``.
+        method: ``"gmm"`` or ``"kmeans"``.
+        seed: of the sample and of k-means++.
+        max_iterations: at most so many on the sample, and as many again on all vectors.
+        tol: see ``expectation_maximisation`` and ``lloyd``.
+        reg_covar: added to every variance (mixtures).
+        min_share: a component with less than this part of an equal share (``M / K``) of the vectors is set anew.
+
+    Returns:
+        The components, on the device of ``x``.
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    start = _as_float(x[order[:_START_VECTORS]], torch.float32)
+    mean = kmeans_plusplus(start, num_components, seed=seed)
+    spread = start.var(dim=0, correction=0)
+    prior = mean.new_full((num_components,), 1 / num_components)
+    var = (spread + reg_covar).expand_as(mean).clone()
+    shift = start.mean(dim=0)
+    stages = [x] if len(x) <= 2 * _SAMPLE_VECTORS else [x[order[:_SAMPLE_VECTORS].sort().values], x]
+    del start
+    for vectors in stages:
+        if method == "kmeans":
+            fitted = lloyd(
+                vectors,
+                mean,
+                shift=shift,
+                spread=spread,
+                max_iterations=max_iterations,
+                tol=tol,
+                min_share=min_share,
+            )
+            mean = fitted.mean
+            continue
+        fitted = expectation_maximisation(
+            vectors,
+            mean,
+            var,
+            prior,
+            shift=shift,
+            max_iterations=max_iterations,
+            tol=tol,
+            reg_covar=reg_covar,
+            min_share=min_share,
+        )
+        assert fitted.var is not None
+        assert fitted.prior is not None
+        mean, var, prior = fitted.mean, fitted.var, fitted.prior
+    return fitted
+
+
+def expectation_maximisation(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    prior: Tensor,
+    *,
+    shift: Tensor,
+    max_iterations: int = 100,
+    tol: float = 1e-3,
+    reg_covar: float = 1e-3,
+    min_share: float = 0.0,
+) -> Clustering:
+    """EM for diagonal Gaussians from a given start, as scikit-learn's ``GaussianMixture(covariance_type="diag")``.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        mean: ``(K, F)``.
+        var: ``(K, F)``.
+        prior: ``(K,)``.
+        shift: ``(F,)``, near the data's mean.
+        max_iterations: at most this many passes over ``x``.
+        tol: stop once the mean log-likelihood of a vector changes by less.
+        reg_covar: added to every variance.
+        min_share: a component with less than this part of ``M / K`` vectors is set anew; 0 never does.
+
+    Returns:
+        The components after the last M-step.
+    """
+    fewest, revivals = _fewest(x, mean, min_share), _MAX_REVIVALS * len(mean)
+    previous, objective, passes = -math.inf, -math.inf, 0
+    for _ in _progress(max_iterations, "fitting the mixture"):
+        passes += 1
+        stats = _mixture_statistics(x, mean, var, prior, shift)
+        # In float64: the sums over many chunks lose digits in float32, and tol is small beside them.
+        updated = mixture_update(stats, shift=shift.double(), reg_covar=reg_covar)
+        mean, var, prior = (part.to(mean.dtype) for part in updated)
+        objective = float(stats.log_likelihood / stats.num_vectors)
+        lost = (stats.total < fewest).nonzero().flatten().tolist()
+        if lost and revivals > 0:
+            revivals -= len(lost)
+            mean, var, prior = _split_largest(mean, var, prior, lost)
+            previous = -math.inf
+        elif abs(objective - previous) < tol:
+            break
+        else:
+            previous = objective
+    return Clustering(mean=mean, var=var, prior=prior, objective=objective, num_iterations=passes)
+
+
+def _progress(max_iterations: int, description: str) -> Iterator[int]:
+    yield from tqdm(range(max_iterations), desc=description, unit="pass", disable=None, leave=False)
+
+
+def _fewest(x: Tensor, mean: Tensor, min_share: float) -> float:
+    return max(0.5, min_share * len(x) / len(mean)) if min_share else -1.0
+
+
+def _mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, shift: Tensor) -> MixtureStatistics:
+    total: MixtureStatistics | None = None
+    for chunk in _chunks(x, mean.dtype):
+        part = mixture_statistics(chunk, mean, var, prior, shift=shift)
+        part = MixtureStatistics(*(value.double() for value in part))
+        total = part if total is None else total.plus(part)
+    assert total is not None  # callers see to it that there are vectors
+    return total
+
+
+def _split_largest(mean: Tensor, var: Tensor, prior: Tensor, lost: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each lost component becomes one half of the then largest one, half a standard deviation to either side."""
+    mean, var, prior = mean.clone(), var.clone(), prior.clone()
+    prior[lost] = 0
+    for component in lost:
+        largest = int(prior.argmax())
+        offset = var[largest].sqrt() / 2
+        mean[component] = mean[largest] + offset
+        mean[largest] -= offset
+        var[component] = var[largest]
+        prior[component] = prior[largest] = prior[largest] / 2
+    return mean, var, prior / prior.sum()
+
+
+def lloyd(
+    x: Tensor,
+    mean: Tensor,
+    *,
+    shift: Tensor,
+    spread: Tensor,
+    max_iterations: int = 100,
+    tol: float = 1e-3,
+    min_share: float = 0.0,
+) -> Clustering:
+    """Lloyd's algorithm for k-means from given centres.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        mean: centres ``(K, F)``.
+        shift: ``(F,)``, near the data's mean.
+        spread: variance of each feature ``(F,)``: the scale of ``tol``, and of splits.
+        max_iterations: at most this many passes over ``x``.
+        tol: stop once the squared shifts of all centres sum to at most ``tol`` times the mean variance.
+        min_share: as in ``expectation_maximisation``.
+
+    Returns:
+        The centres after the last update.
+    """
+    fewest, revivals = _fewest(x, mean, min_share), _MAX_REVIVALS * len(mean)
+    objective, passes = math.inf, 0
+    for _ in _progress(max_iterations, "fitting k-means"):
+        passes += 1
+        count, first, distance = _nearest_statistics(x, mean, shift)
+        objective = float(distance / len(x))
+        updated = torch.where(count[:, None] > 0, first / count.clamp_min(1)[:, None] + shift.double(), mean.double())
+        moved, mean = float((updated - mean.double()).square().sum()), updated.to(mean.dtype)
+        lost = (count < fewest).nonzero().flatten().tolist()
+        if lost and revivals > 0:
+            revivals -= len(lost)
+            mean, _, _ = _split_largest(mean, spread.expand_as(mean), (count / count.sum()).to(mean.dtype), lost)
+        elif moved <= tol * float(spread.mean()):
+            break
+    return Clustering(mean=mean, var=None, prior=None, objective=objective, num_iterations=passes)
+
+
+def _nearest_statistics(x: Tensor, mean: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the vectors nearest to each centre: count ``(K,)``, sum about ``shift`` ``(K, F)``; all squared distances."""
+    count, first = mean.new_zeros(len(mean), dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
+    distance = mean.new_zeros((), dtype=torch.float64)
+    centered = mean - shift
+    for chunk in _chunks(x, mean.dtype):
+        chunk = chunk - shift
+        score = chunk @ centered.T - centered.square().sum(dim=1) / 2
+        best, nearest = score.max(dim=1)
+        weight = torch.nn.functional.one_hot(nearest, len(mean)).to(chunk.dtype)
+        count += weight.sum(dim=0)
+        first += weight.T @ chunk
+        distance += (chunk.square().sum(dim=1) - 2 * best).clamp_min(0).sum()
+    return count, first, distance
+
+
+def principal_components(
+    x: Tensor, num_components: int, *, seed: int = 0, num_passes: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Leading principal components by randomised subspace iteration (Halko, Martinsson and Tropp 2011) over chunks.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        num_components: ``D``, at most ``min(M, F)``.
+        seed: of the random start.
+        num_passes: passes over ``x`` that turn the subspace.
+
+    Returns:
+        mean ``(F,)`` and orthonormal components ``(D, F)``, strongest first; float32.
+    """
+    features = x.shape[1]
+    mean = torch.stack([chunk.sum(dim=0, dtype=torch.float64) for chunk in _chunks(x, torch.float32)]).sum(dim=0)
+    mean = (mean / len(x)).float()
+    width = min(features, num_components + 10)  # oversampling, as the paper advises
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(features, width, generator=generator).to(x.device)).Q
+    for _ in range(num_passes):
+        basis = torch.linalg.qr(_covariance_times(x, mean, basis)).Q
+    small = basis.T @ _covariance_times(x, mean, basis)
+    rotation = torch.linalg.eigh((small + small.T) / 2).eigenvectors.flip(1)[:, :num_components]
+    return mean, (basis @ rotation).T.contiguous()
+
+
+def _covariance_times(x: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    product = torch.zeros_like(basis)
+    for chunk in _chunks(x, torch.float32):
+        chunk = chunk - mean
+        product += chunk.T @ (chunk @ basis)
+    return product / len(x)
+
+
+def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    """Coordinates of vectors along principal components.
+
+    Args:
+        x: ``(M, F)``, floating point or uint8.
+        mean: ``(F,)``.
+        components: ``(D, F)``.
+
+    Returns:
+        float64 ``(M, D)``, on the device of ``x``.
+    """
+    mean, components = mean.to(x.device, torch.float64), components.to(x.device, torch.float64)
+    parts = [(chunk - mean) @ components.T for chunk in _chunks(x, torch.float64)]
+    return torch.cat(parts) if parts else components.new_empty(0, len(components))

@@ -1,0 +1,235 @@
+"""What sources that look at pixels have in common: which column, which mode and size, and one path for all of them.
+
+Images of a dataset, of a stream, and those given to ``predict`` go through the same conversions and the same function
+of uint8 pixels, so that ``predict`` agrees with ``apply``.
+
+Shape legend: ``N`` images, ``C`` channels (3 for RGB, 1 for L), ``H`` ``W`` pixels; ids are int64 ``(N,)``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import torch
+from torch import Tensor
+
+from cn_hf.contexts.access import Split
+from cn_hf.contexts.base import RowContextSource
+from cn_hf.contexts.images import (
+    Array,
+    check_image_options,
+    decode_rows,
+    find_image_column,
+    images_to_arrays,
+    iter_decoded,
+    stack_arrays,
+    to_array,
+    to_image,
+)
+from cn_hf.errors import ConfigError, ContextSourceError, InputTypeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ImageContextSource", "PixelChunk", "in_mode", "to_pil"]
+
+
+class PixelChunk(NamedTuple):
+    """Images of one size: their ``rows``, for messages, and uint8 ``pixels`` ``(N, C, H, W)``."""
+
+    rows: list[int]
+    pixels: Tensor
+
+
+class ImageContextSource(RowContextSource):
+    """A source whose contexts are a function of an image's pixels; subclasses define ``_pixel_ids``.
+
+    Args:
+        image_column: found by its ``datasets.Image`` feature when None.
+        image_mode: ``"RGB"`` or ``"L"``; images are converted to it.
+        image_size: int or (height, width) that images are resized to; None takes them as they are.
+        num_workers: processes that decode a ``Dataset``'s images; 0 decodes in this one. Streams decode where they are
+            read.
+    """
+
+    batch_size: ClassVar[int] = 256
+    one_size: ClassVar[bool] = True
+    """Whether all images must have one size."""
+
+    def __init__(
+        self,
+        *,
+        image_column: str | None,
+        image_mode: str,
+        image_size: int | Sequence[int] | None,
+        num_workers: int,
+    ) -> None:
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise ConfigError(f"num_workers is {num_workers!r}; expected 0 or a number of processes.")
+        self.image_column = image_column
+        self.image_size = check_image_options(image_mode, image_size)
+        self.image_mode = image_mode
+        self.num_workers = num_workers
+
+    def fit_images(self, images: Any) -> Self:
+        """As ``fit``, on training images that are decoded already.
+
+        Args:
+            images: uint8 tensor ``(N, C, H, W)``, or a list of PIL images.
+
+        Returns:
+            The source itself.
+        """
+        self._fit_chunks(self._given_chunks(images))
+        return self
+
+    def predict(self, images: Any) -> Tensor:
+        """Contexts of images; the same ids as ``apply`` gives the same images in a dataset.
+
+        Args:
+            images: uint8 tensor ``(N, C, H, W)``, or a list of PIL images. Channels and size are converted as in
+                ``apply``.
+
+        Returns:
+            int64 ids ``(N,)``, on the images' device.
+
+        Raises:
+            ContextSourceError: the source is not fitted, or an image has a size it was not fitted for.
+            InputTypeError: neither a uint8 tensor nor PIL images.
+        """
+        self._check_fitted()
+        if isinstance(images, Tensor):
+            [chunk] = self._given_chunks(images)
+            self._check_size(chunk)
+            return self._pixel_ids(chunk.pixels)
+        arrays = images_to_arrays(images, self.image_mode, self.image_size)
+        return torch.from_numpy(self._array_ids(arrays, range(len(arrays))))
+
+    @abstractmethod
+    def _pixel_ids(self, pixels: Tensor) -> Tensor:
+        """Ids ``(N,)`` of uint8 ``(N, C, H, W)`` in the source's mode, on the pixels' device."""
+
+    @abstractmethod
+    def _fit_chunks(self, chunks: Iterable[PixelChunk]) -> None:
+        """Learn from the training images; assigns nothing before all has succeeded."""
+
+    def _training_rows(self, split: Split) -> tuple[Split, list[int] | None]:
+        """The split to fit on and, of a ``Dataset``, the rows to use (None for all)."""
+        return split, None
+
+    def _fit_split(self, split: Split) -> None:
+        split, rows = self._training_rows(split)
+        self._fit_chunks(self._split_chunks(split, rows))
+
+    def _split_chunks(self, split: Split, rows: list[int] | None) -> Iterator[PixelChunk]:
+        for batch in self._decoded(split, rows):
+            yield from self._by_size(batch[1], batch[0])
+
+    def _decoded(self, split: Split, rows: list[int] | None = None) -> Iterator[tuple[list[int], list[Array]]]:
+        return iter_decoded(
+            split,
+            self.image_column,
+            mode=self.image_mode,
+            size=self.image_size,
+            batch_size=self.batch_size,
+            rows=rows,
+            num_workers=self.num_workers,
+            progress=f"{self.__class__.__name__}: decoding",
+        )
+
+    def _given_chunks(self, images: Any) -> Iterable[PixelChunk]:
+        if isinstance(images, Tensor):
+            return [PixelChunk(list(range(len(images))), self._as_pixels(images))]
+        arrays = images_to_arrays(images, self.image_mode, self.image_size)
+        return self._by_size(arrays, range(len(arrays)))
+
+    def _by_size(self, arrays: Sequence[Array], rows: Sequence[int]) -> list[PixelChunk]:
+        """Arrays stacked: one chunk where all must have one size, else one for each size."""
+        if self.one_size:
+            return [PixelChunk(list(rows), stack_arrays(arrays, rows))] if arrays else []
+        groups: dict[tuple[int, ...], tuple[list[int], list[Array]]] = {}
+        for row, array in zip(rows, arrays, strict=True):
+            places, members = groups.setdefault(array.shape, ([], []))
+            places.append(row)
+            members.append(array)
+        return [PixelChunk(places, stack_arrays(members, places)) for places, members in groups.values()]
+
+    def _columns(self, features: Mapping[str, Any]) -> list[str]:
+        return [find_image_column(features, self.image_column)]
+
+    def _batch_ids(
+        self, batch: Mapping[str, list[Any]], rows: list[int], features: Mapping[str, Any]
+    ) -> npt.NDArray[np.int64]:
+        column = self._columns(features)[0]
+        arrays = decode_rows(batch[column], rows, column, mode=self.image_mode, size=self.image_size)
+        return self._array_ids(arrays, rows)
+
+    def _split_ids(
+        self, split: datasets.Dataset, features: Mapping[str, Any], columns: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        parts = [self._array_ids(arrays, rows) for rows, arrays in self._decoded(split)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def _array_ids(self, arrays: Sequence[Array], rows: Sequence[int]) -> npt.NDArray[np.int64]:
+        ids = np.empty(len(arrays), dtype=np.int64)
+        place = {row: index for index, row in enumerate(rows)}
+        for chunk in self._by_size(arrays, rows):
+            self._check_size(chunk)
+            ids[[place[row] for row in chunk.rows]] = self._pixel_ids(chunk.pixels).numpy()
+        return ids
+
+    def _check_size(self, chunk: PixelChunk) -> None:
+        """Refuse images of a size the source cannot take, naming the first; the default takes any."""
+
+    def _as_pixels(self, images: Tensor) -> Tensor:
+        """A caller's tensor in the source's mode and size."""
+        pixels = in_mode(images, self.image_mode)
+        if self.image_size is None or tuple(pixels.shape[2:]) == self.image_size or not len(pixels):
+            return pixels
+        arrays = [to_array(image, self.image_mode, self.image_size) for image in to_pil(pixels)]
+        return stack_arrays(arrays, range(len(arrays))).to(images.device)
+
+
+def to_pil(pixels: Tensor) -> Iterator[PIL.Image.Image]:
+    """uint8 ``(N, C, H, W)``, C being 1 or 3, as PIL images."""
+    for array in pixels.permute(0, 2, 3, 1).cpu().numpy():
+        yield to_image(array)
+
+
+def in_mode(images: Tensor, mode: str) -> Tensor:
+    """A caller's tensor converted as Pillow does it: gray repeated, alpha dropped, luma in the same integer weights.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        mode: ``"RGB"`` or ``"L"``.
+
+    Returns:
+        uint8 ``(N, 3, H, W)`` or ``(N, 1, H, W)``.
+
+    Raises:
+        InputTypeError: not uint8.
+        ContextSourceError: not four axes, or not 1, 3 or 4 channels.
+    """
+    if images.dtype != torch.uint8:
+        raise InputTypeError(
+            f"Expected uint8 pixels (0 to 255), received {images.dtype}. Undo the normalisation first: "
+            "((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)."
+        )
+    if images.dim() != 4 or images.shape[1] not in (1, 3, 4):
+        raise ContextSourceError(
+            f"Expected images (N, C, H, W) with 1, 3 or 4 channels, received shape {tuple(images.shape)}."
+        )
+    channels = images.shape[1]
+    if mode == "RGB":
+        return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
+    if channels == 1:
+        return images
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)[:, None, None]
+    luma = (images[:, :3].to(torch.int32) * weights).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return ((luma + 0x8000) >> 16).to(torch.uint8)

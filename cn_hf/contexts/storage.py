@@ -1,0 +1,104 @@
+"""Files of a saved context source: ``context_source.json`` and, where it has tensors, ``context_source.safetensors``.
+
+Each file is written whole under a temporary name and then renamed. The JSON is written last and holds the checksum of
+the tensors, so that a pair left by an interrupted save is recognised. Nothing in them is executed when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from cn_hf.errors import CheckpointError
+
+__all__ = ["CONFIG_FILE", "TENSORS_FILE", "read_source", "write_source"]
+
+CONFIG_FILE = "context_source.json"
+TENSORS_FILE = "context_source.safetensors"
+FORMAT = 1  # raised when a release can no longer be read by the ones before
+
+
+def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files into ``folder``, which is made if need be; its other files are left alone.
+
+    Args:
+        folder: where to.
+        config: JSON values, with the source's ``"type"``.
+        tensors: by name; none leaves no tensor file.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    path = Path(folder)
+    content = {"format": FORMAT, **config}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if tensors:
+            data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+            content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+            _write(path / TENSORS_FILE, data)
+        _write(path / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        if not tensors:
+            (path / TENSORS_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write the context source to {path}: {error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files, checked against each other.
+
+    Returns:
+        The JSON's content and the tensors.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, of a newer format, or not the other's counterpart.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"No context source in {Path(folder)}: {CONFIG_FILE} is missing.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is truncated or no JSON ({error}). Save the source again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise CheckpointError(f"{path} is not a context source of cn_hf: it has no format number.")
+    if config["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}, this version reads up to {FORMAT}: update cn_hf.")
+    checksum = config.pop("tensors_sha256", None)
+    return config, {} if checksum is None else _read_tensors(path.with_name(TENSORS_FILE), checksum)
+
+
+def _read_tensors(path: Path, checksum: object) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}, which {CONFIG_FILE} goes with, cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise CheckpointError(f"{path} is truncated, or of another save than {CONFIG_FILE}. Save the source again.")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+    return tensors

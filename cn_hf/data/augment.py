@@ -1,0 +1,235 @@
+"""Augmentation of whole batches on their device, each image drawn for itself, the same for a seed.
+
+The geometry and the random numbers per image are kornia's. Numbers are drawn on the CPU for the *global* batch, from a
+generator seeded for that batch alone, and each process then uses the rows of its own images: so what happens to an
+image depends on neither the number of processes nor the device nor what was drawn before.
+
+Shapes: N images of this process, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import kornia.augmentation as K
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cn_hf.errors import ConfigError, InputShapeError, InputTypeError, nearest
+
+__all__ = ["Augment", "Augmentation", "AugmentationConfig", "build_augmentation"]
+
+# Parameters that kornia returns once per batch instead of once per image.
+PER_BATCH = ("forward_input_shape",)
+
+
+class Augment(Protocol):
+    """What batches take as ``augment``: ``Augmentation``, or any function of this signature."""
+
+    def __call__(self, images: Tensor, *, seed: int, places: Tensor, total: int) -> Tensor:
+        """Augmented images.
+
+        Args:
+            images: Float (N, C, H, W) in [0, 1], part of a global batch.
+            seed: Seed of this global batch.
+            places: (N,) int64, on the CPU: place of each image in the global batch.
+            total: Size of the global batch.
+
+        Returns:
+            Float (N, C, H', W').
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentationConfig:
+    """What happens to training images, in this order; the default is nothing.
+
+    Attributes:
+        horizontal_flip: Probability that an image is mirrored.
+        crop_padding: Pixels of black padding on each side before a crop of the old size at a random place.
+        rotation: Largest turn in degrees, either way.
+        zoom: Largest change of height and of width, each for itself, as a fraction; what lies beyond is mirrored in.
+        image_size: (H, W) or one number to resize to at the end (bilinear), also in evaluation; None: as they are.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    horizontal_flip: float = 0.0
+    crop_padding: int = 0
+    rotation: float = 0.0
+    zoom: float = 0.0
+    image_size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.horizontal_flip <= 1:
+            raise ConfigError(f"horizontal_flip is a probability; got {self.horizontal_flip}")
+        if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
+            raise ConfigError(f"crop_padding is a number of pixels, 0 or more; got {self.crop_padding}")
+        if not 0 <= self.rotation <= 180:
+            raise ConfigError(f"rotation is an angle from 0 to 180 degrees; got {self.rotation}")
+        if not 0 <= self.zoom < 1:
+            raise ConfigError(f"zoom is a fraction from 0 to below 1; got {self.zoom}")
+        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        if size is not None:
+            if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+                raise ConfigError(f"image_size is a positive number or (height, width); got {self.image_size!r}")
+            object.__setattr__(self, "image_size", tuple(size))
+
+    def evaluation(self) -> AugmentationConfig:
+        """What remains for validation and test images: the resize."""
+        return AugmentationConfig(image_size=self.image_size)
+
+    def to_json(self) -> str:
+        """JSON that ``from_json`` reads back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> AugmentationConfig:
+        """The config that ``to_json`` wrote.
+
+        Raises:
+            ConfigError: An option is unknown or out of range.
+        """
+        values = json.loads(text)
+        if isinstance(values.get("image_size"), list):
+            values["image_size"] = tuple(values["image_size"])
+        return cls(**_known_options(values))
+
+
+class Augmentation:
+    """Callable made from a config; see ``Augment`` for the call. Holds no state between calls.
+
+    Args:
+        config: What to do.
+    """
+
+    def __init__(self, config: AugmentationConfig) -> None:
+        self.config = config
+        self.flip = K.RandomHorizontalFlip(p=config.horizontal_flip) if config.horizontal_flip else None
+        self.affine = None
+        if config.rotation or config.zoom:
+            scale = (1 - config.zoom, 1 + config.zoom) * 2
+            self.affine = K.RandomAffine(degrees=config.rotation, scale=scale, padding_mode="reflection", p=1.0)
+
+    def __repr__(self) -> str:
+        return f"Augmentation({self.config})"
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether images come out as they went in."""
+        return self.config == AugmentationConfig()
+
+    def evaluation(self) -> Augmentation:
+        """The part for validation and test images: no randomness, only the resize."""
+        return Augmentation(self.config.evaluation())
+
+    def __call__(
+        self, images: Tensor, *, seed: int = 0, places: Tensor | None = None, total: int | None = None
+    ) -> Tensor:
+        """Augment float images (N, C, H, W) in [0, 1], by default a whole batch; see ``Augment`` for the arguments.
+
+        Raises:
+            InputTypeError: ``images`` are not floating point.
+            InputShapeError: ``images`` are not (N, C, H, W); ``places`` are not N, or lie outside the batch.
+        """
+        if not images.is_floating_point():
+            raise InputTypeError(f"images must be floats in [0, 1]; got {images.dtype}; divide uint8 by 255 first")
+        if images.ndim != 4:
+            raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
+        places = torch.arange(len(images)) if places is None else places
+        total = len(images) if total is None else total
+        if places.shape != (len(images),) or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < total):
+            raise InputShapeError(f"places must be {len(images)} places in a batch of {total}; got {places.tolist()}")
+        with _cpu_random_numbers(seed):
+            for operation in self._random_operations(images):
+                if operation is None:
+                    continue
+                # Drawn also for a process without images, so that all processes draw alike.
+                drawn = operation.forward_parameters(torch.Size((total, *images.shape[1:])))
+                if len(images):
+                    images = operation(images, params=_rows(drawn, places))
+        return self._resized(images)
+
+    def _random_operations(self, images: Tensor) -> Iterator[Any]:
+        height, width = images.shape[-2:]
+        yield self.flip
+        if self.config.crop_padding:
+            # Slicing is exact and fastest on a CPU, but one kernel per image on a GPU, where one resampling is faster.
+            how = "slice" if images.device.type == "cpu" else "resample"
+            yield K.RandomCrop((height, width), padding=self.config.crop_padding, cropping_mode=how)
+        yield self.affine
+
+    def _resized(self, images: Tensor) -> Tensor:
+        size = self.config.image_size
+        if size is None or images.shape[-2:] == size:
+            return images
+        assert not isinstance(size, int)
+        shrinks = size[0] < images.shape[-2] or size[1] < images.shape[-1]
+        if len(images) == 0:
+            return images.new_empty((0, images.shape[1], *size))
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def build_augmentation(
+    names: Sequence[str] = (), *, image_size: int | tuple[int, int] | None = None, **options: Any
+) -> Augmentation:
+    """Augmentation by the names of its parts, with their usual strengths, or by the options of ``AugmentationConfig``.
+
+    Args:
+        names: Any of "flip" (horizontal, p = 1/2), "crop" (4 pixels of padding per 32 of the image are usual: 4),
+            "rotation" (7.2 degrees) and "zoom" (0.2); the last two are the strengths in the authors' notebooks.
+        image_size: Resize at the end; the paper's ViT takes 72.
+        options: Options of ``AugmentationConfig``, which win over the usual strengths.
+
+    Raises:
+        ConfigError: A name or option is unknown, or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    for name in names:
+        if name not in USUAL_STRENGTHS:
+            raise ConfigError(f"unknown augmentation {name!r}: {nearest(name, USUAL_STRENGTHS)}")
+        values.update(USUAL_STRENGTHS[name])
+    return Augmentation(AugmentationConfig(**_known_options({**values, **options, "image_size": image_size})))
+
+
+USUAL_STRENGTHS: dict[str, dict[str, float]] = {
+    "flip": {"horizontal_flip": 0.5},
+    "crop": {"crop_padding": 4},
+    "rotation": {"rotation": 7.2},
+    "zoom": {"zoom": 0.2},
+}
+
+
+def _known_options(values: dict[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(AugmentationConfig)]
+    for option in values:
+        if option not in known:
+            raise ConfigError(f"unknown augmentation option {option!r}: {nearest(option, known)}")
+    return values
+
+
+def _rows(drawn: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    """Of parameters drawn for a global batch, those of the images at ``places``."""
+    return {
+        name: value[places] if isinstance(value, Tensor) and name not in PER_BATCH else value
+        for name, value in drawn.items()
+    }
+
+
+@contextmanager
+def _cpu_random_numbers(seed: int) -> Iterator[None]:
+    """Kornia draws from torch's global CPU generator: seed it, and put it back afterwards."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    # torch.manual_seed would also reseed every GPU.
+    generator.manual_seed(seed % 2**63)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,286 @@
+"""Batches held in memory: images stay on the device as uint8 and become normalised floats batch by batch.
+
+The order of an epoch depends on the seed and the epoch alone. A batch of ``batch_size`` images is a *global* batch: of
+P processes each takes a contiguous part of it, so that the parts in rank order are the batch of a single process. Parts
+of a batch that P does not divide, such as the last of an epoch, differ by one image at most, and are empty for some
+processes where P is larger. Every image is in one part of one batch, so sums over all processes count it once.
+
+Shapes: N images in all, n of a batch on this process, C channels, H and W height and width, T contexts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cn_hf.data.augment import Augment
+from cn_hf.errors import ConfigError, DatasetError, InputShapeError, InputTypeError
+
+__all__ = ["Batches", "DeviceBatches", "process_slice", "stream_seed"]
+
+Batch = dict[str, Tensor]
+
+
+class Batches(ABC):
+    """Re-iterable batches of images; each pass is one epoch.
+
+    A batch is a dict of tensors on ``device``: ``pixel_values`` (n, C, H, W) of ``dtype``, ``labels`` (n,) int64,
+    ``index`` (n,) int64, the dataset rows, and, where the data has contexts, ``context_ids``: (n,) int64, or (n, T)
+    float32 weights.
+
+    Args:
+        batch_size: Images of a global batch.
+        shuffle: Whether each epoch has an order of its own; else the dataset's.
+        seed: Of the order and the augmentation.
+        drop_last: Leave out the last batch of an epoch where it is smaller.
+        augment: Applied to float images in [0, 1]; None for nothing.
+        mean: Of each channel, white being 1, subtracted after augmentation; None for 0.
+        std: Of each channel, divided by; None for 1.
+        device: Where batches are.
+        num_processes: P.
+        process_index: Which of them this is.
+        dtype: Of ``pixel_values``.
+
+    Raises:
+        ConfigError: A value is out of range, or ``mean`` and ``std`` differ in length.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        augment: Augment | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+        num_processes: int = 1,
+        process_index: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
+        if not 0 <= process_index < num_processes:
+            raise ConfigError(f"process_index must be 0 to num_processes - 1; got {process_index} of {num_processes}")
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype of pixel_values must be floating point; got {dtype}")
+        if seed < 0:
+            raise ConfigError(f"seed must be 0 or more; got {seed}")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.augment = augment
+        self.mean, self.std = _per_channel(mean, std)
+        self.device = torch.device(device)
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.dtype = dtype
+        self.epoch = 0
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Images of the dataset, N."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of this epoch, this process's part of each."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same in every process."""
+        return self.num_rows // self.batch_size if self.drop_last else -(-self.num_rows // self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """Images of an epoch over all processes: N, or fewer where the last batch is dropped."""
+        return min(len(self) * self.batch_size, self.num_rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of epoch ``epoch``, counted from 0; until called, it is epoch 0's.
+
+        Raises:
+            ConfigError: ``epoch`` is negative.
+        """
+        if epoch < 0:
+            raise ConfigError(f"epoch must be 0 or more; got {epoch}")
+        self.epoch = epoch
+
+    def _pixel_values(self, pixels: Tensor, number: int, places: Tensor, total: int) -> Tensor:
+        """Uint8 (n, C, H, W) on the device to augmented, normalised ``dtype``.
+
+        Args:
+            pixels: This process's images of a global batch.
+            number: Of the global batch in this epoch.
+            places: (n,), on the CPU: place of each image in the global batch.
+            total: Size of the global batch.
+        """
+        check_channels(pixels.shape[1], self.mean)
+        images = pixels.to(torch.float32).div_(255)
+        if self.augment is not None:
+            seed = stream_seed(self.seed, self.epoch, number)
+            images = self.augment(images, seed=seed, places=places, total=total)
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return images.sub(mean).div_(std).to(self.dtype)
+
+
+class DeviceBatches(Batches):
+    """Batches of images that are held on the device.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), integers.
+        context_ids: (N,) integers, or (N, T) float weights; None where the data has no contexts.
+        rows: (N,), the dataset rows of the images; None: 0 to N - 1.
+        batch_size: This and all others: see ``Batches``.
+        shuffle: See ``Batches``.
+        seed: See ``Batches``.
+        drop_last: See ``Batches``.
+        augment: See ``Batches``.
+        mean: See ``Batches``.
+        std: See ``Batches``.
+        device: See ``Batches``.
+        num_processes: See ``Batches``.
+        process_index: See ``Batches``.
+        dtype: See ``Batches``.
+
+    Raises:
+        InputTypeError: A tensor has the wrong dtype.
+        InputShapeError: A tensor has the wrong shape or length.
+        DatasetError: There are no images.
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        context_ids: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        augment: Augment | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+        num_processes: int = 1,
+        process_index: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            augment=augment,
+            mean=mean,
+            std=std,
+            device=device,
+            num_processes=num_processes,
+            process_index=process_index,
+            dtype=dtype,
+        )
+        rows = torch.arange(len(images)) if rows is None else rows
+        _check_tensors(images, labels, context_ids, rows)
+        check_channels(images.shape[1], self.mean)
+        self.images = images.to(self.device)
+        self.labels = labels.to(self.device, torch.int64)
+        self.rows = rows.to(self.device, torch.int64)
+        self.context_ids = None
+        if context_ids is not None:
+            kind = torch.float32 if context_ids.is_floating_point() else torch.int64
+            self.context_ids = context_ids.to(self.device, kind)
+
+    @property
+    def num_rows(self) -> int:
+        """Images of the dataset, N."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of this epoch, this process's part of each."""
+        order = epoch_order(self.num_rows, self.shuffle, self.seed, self.epoch).to(self.device)
+        for number in range(len(self)):
+            whole = order[number * self.batch_size : (number + 1) * self.batch_size]
+            part = process_slice(len(whole), self.num_processes, self.process_index)
+            mine = whole[part]
+            pixels = self.images.index_select(0, mine)
+            places = torch.arange(part.start, part.stop)
+            batch = {
+                "pixel_values": self._pixel_values(pixels, number, places, len(whole)),
+                "labels": self.labels.index_select(0, mine),
+            }
+            if self.context_ids is not None:
+                batch["context_ids"] = self.context_ids.index_select(0, mine)
+            batch["index"] = self.rows.index_select(0, mine)
+            yield batch
+
+
+def process_slice(total: int, num_processes: int, process_index: int) -> slice:
+    """The contiguous part of ``total`` images that process ``process_index`` takes; sizes differ by one at most."""
+    return slice(total * process_index // num_processes, total * (process_index + 1) // num_processes)
+
+
+def stream_seed(*numbers: int) -> int:
+    """A 63-bit seed from several numbers of 0 or more, such as (seed, epoch, batch); near ones give unlike seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_order(num_rows: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
+    """Rows (N,) in the order of an epoch, int64, on the CPU."""
+    if not shuffle:
+        return torch.arange(num_rows)
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
+
+
+def check_channels(channels: int, mean: Sequence[float]) -> None:
+    """Raise ConfigError unless there is one mean per channel, or one for all."""
+    if len(mean) not in (1, channels):
+        raise ConfigError(
+            f"mean and std have {len(mean)} values for images of {channels} channels; give one per channel"
+        )
+
+
+def _per_channel(
+    mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean = (0.0,) if mean is None else tuple(map(float, mean))
+    std = (1.0,) * len(mean) if std is None else tuple(map(float, std))
+    if len(mean) != len(std) and len(mean) != 1:
+        raise ConfigError(f"mean and std need one value per channel each; got {mean} and {std}")
+    if not all(value > 0 for value in std):
+        raise ConfigError(f"std must be positive; got {std}")
+    return mean * (len(std) // len(mean)), std
+
+
+def _check_tensors(images: Tensor, labels: Tensor, context_ids: Tensor | None, rows: Tensor) -> None:
+    if images.dtype != torch.uint8:
+        raise InputTypeError(f"images must be uint8; got {images.dtype}")
+    if images.ndim != 4:
+        raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
+    if len(images) == 0:
+        raise DatasetError("there are no images to make batches of")
+    for name, values in (("labels", labels), ("rows", rows)):
+        if values.is_floating_point() or values.dtype == torch.bool:
+            raise InputTypeError(f"{name} must be integers; got {values.dtype}")
+        if values.shape != (len(images),):
+            raise InputShapeError(f"{name} must be ({len(images)},), one per image; got {tuple(values.shape)}")
+    if context_ids is not None:
+        if context_ids.dtype == torch.bool:
+            raise InputTypeError("context_ids must be integers, or float weights; got torch.bool")
+        expected_ndim = 2 if context_ids.is_floating_point() else 1
+        if context_ids.ndim != expected_ndim or len(context_ids) != len(images):
+            raise InputShapeError(
+                f"context_ids must be integers ({len(images)},) or float weights ({len(images)}, T), one row per "
+                f"image; got {context_ids.dtype} {tuple(context_ids.shape)}"
+            )

@@ -1,0 +1,341 @@
+"""From loaded splits to batches: contexts applied, images decoded and kept if they fit, normalisation measured.
+
+Shapes: N images of a split, C channels, H and W height and width, T contexts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from cn_hf.contexts import CONTEXT_COLUMN, ContextSource, drop_corrupt_images
+from cn_hf.contexts.access import features_of
+from cn_hf.contexts.images import iter_decoded, stack_arrays
+from cn_hf.data.augment import Augmentation
+from cn_hf.data.batches import Batches, DeviceBatches
+from cn_hf.data.images import DecodedImages, OnError, check_on_error, decode_images, image_shape
+from cn_hf.data.loading import (
+    find_image_column,
+    find_label_column,
+    label_names,
+    read_labels,
+    take_shuffled,
+)
+from cn_hf.data.statistics import ChannelSums
+from cn_hf.data.streaming import StreamedBatches
+from cn_hf.errors import ConfigError, DatasetError, nearest
+
+__all__ = ["PreparedData", "prepare_data"]
+
+SPLITS = ("train", "validation", "test")
+# Images that mean and std are measured on where the training split is not held in memory.
+STATISTICS_IMAGES = 10_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedData:
+    """What a training script needs to know of its data.
+
+    Attributes:
+        train: Shuffled, augmented batches; None without that split.
+        validation: Batches in the dataset's order, not augmented but resized alike; None without that split.
+        test: Likewise.
+        num_classes: Number of classes.
+        class_names: Their names; None where labels are plain integers.
+        context_names: Names of the T contexts; None where the data has none, or has context ids without names.
+        context_source: The fitted source that named them, to be saved with the model; None where none was given.
+        input_size: (C, H, W) of what the network gets.
+        mean: Of each channel, which was subtracted.
+        std: Of each channel, which was divided by.
+        skipped: Unreadable rows of each split held in memory; streamed ones count theirs in ``.skipped``.
+    """
+
+    train: Batches | None
+    validation: Batches | None
+    test: Batches | None
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    context_names: tuple[str, ...] | None
+    context_source: ContextSource | None
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    skipped: dict[str, tuple[int, ...]]
+
+
+def prepare_data(
+    splits: Any,
+    *,
+    context_source: ContextSource | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    image_mode: str = "RGB",
+    augment: Augmentation | None = None,
+    batch_size: int,
+    eval_batch_size: int | None = None,
+    drop_last: bool = False,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    num_processes: int = 1,
+    process_index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    memory_budget_bytes: int = 4 * 2**30,
+    on_error: OnError = "raise",
+    num_workers: int = 0,
+    progress: bool = False,
+) -> PreparedData:
+    """Make batches of the splits ``train``, ``validation`` and ``test`` that ``load_splits`` gave.
+
+    Contexts come from ``context_source``: fitted on ``train`` alone if it is not fitted yet, then applied to all
+    splits; without one, from a column ``context_ids`` if the data has it. Splits are decoded into memory in the order
+    train, validation, test while they fit what is left of the budget, and are streamed otherwise.
+
+    Args:
+        splits: A DatasetDict or IterableDatasetDict.
+        context_source: See above.
+        image_column: None: the one there is.
+        label_column: None: the one there is.
+        image_size: One number or (height, width) to resize to while decoding; None: as stored.
+        image_mode: "RGB" or "L".
+        augment: For training batches; its resize also for the others.
+        batch_size: Images of a global training batch.
+        eval_batch_size: Of the other splits; None: the same.
+        drop_last: Leave out the last training batch of an epoch where it is smaller.
+        seed: Of training order and augmentation.
+        mean: Of each channel (white is 1); None: measured on ``train``, or on 10,000 of its images if streamed.
+        std: Likewise.
+        device: Where batches are.
+        num_processes: Processes that share each batch.
+        process_index: Which of them this is.
+        dtype: Of ``pixel_values``.
+        memory_budget_bytes: For decoded images, on ``device``.
+        on_error: "raise" at an image that cannot be read, or "skip" it.
+        num_workers: Processes that decode; 0: this one.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        DatasetError: A column is missing, splits disagree about classes, or a label is out of range (row named).
+        DatasetFileError: An image cannot be read (row named).
+        ConfigError: An option is out of range, or ``train`` is missing where something must be measured on it.
+        ContextSourceError: The source cannot name contexts of this data.
+    """
+    check_on_error(on_error)
+    _check_splits(splits, context_source, mean, std)
+    image_column = find_image_column(splits, image_column)
+    label_column = find_label_column(splits, label_column)
+    decoding: dict[str, Any] = {"image_size": image_size, "image_mode": image_mode}
+    held = _decode_within(splits, image_column, decoding, memory_budget_bytes, on_error, num_workers, progress)
+    readable = _readable(splits, held, image_column, on_error, context_source)
+    if context_source is not None:
+        if not context_source.fitted:
+            context_source.fit(readable["train"])
+        readable = {name: context_source.apply(split) for name, split in readable.items()}
+    class_names, num_classes = _classes(readable, label_column)
+    if mean is None or std is None:
+        mean, std = _measured(mean, std, held, readable["train"], image_column, decoding, seed)
+    shape = _first_shape(held, readable, image_column, decoding)
+    batches: dict[str, Batches] = {}
+    for name, split in readable.items():
+        training = name == "train"
+        options: dict[str, Any] = {
+            "batch_size": batch_size if training or eval_batch_size is None else eval_batch_size,
+            "shuffle": training,
+            "seed": seed,
+            "drop_last": drop_last and training,
+            "augment": _augment_for(augment, training),
+            "mean": mean,
+            "std": std,
+            "device": device,
+            "num_processes": num_processes,
+            "process_index": process_index,
+            "dtype": dtype,
+        }
+        if name in held:
+            batches[name] = _held_batches(split, held[name], label_column, num_classes, options)
+        else:
+            options.update(decoding, on_error=on_error, num_workers=num_workers)
+            batches[name] = StreamedBatches(split, image_column=image_column, label_column=label_column, **options)
+    resized = None if augment is None else augment.config.image_size
+    height, width = (shape[1], shape[2]) if resized is None or isinstance(resized, int) else resized
+    return PreparedData(
+        train=batches.get("train"),
+        validation=batches.get("validation"),
+        test=batches.get("test"),
+        num_classes=num_classes,
+        class_names=class_names,
+        context_names=_context_names(readable),
+        context_source=context_source,
+        input_size=(shape[0], height, width),
+        mean=tuple(mean),
+        std=tuple(std),
+        skipped={name: decoded.skipped for name, decoded in held.items()},
+    )
+
+
+def read_context_ids(dataset: Any) -> Tensor | None:
+    """Column ``context_ids`` of a Dataset: (N,) int64, or (N, T) float32 weights; None without that column.
+
+    Raises:
+        DatasetError: An id is missing or out of range; its row is named.
+    """
+    if CONTEXT_COLUMN not in dataset.features:
+        return None
+    feature = dataset.features[CONTEXT_COLUMN]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        weights = dataset.with_format("numpy").select_columns([CONTEXT_COLUMN])[:][CONTEXT_COLUMN]
+        return torch.from_numpy(np.stack(list(weights)).astype(np.float32))
+    return torch.from_numpy(read_labels(dataset, CONTEXT_COLUMN))
+
+
+def _check_splits(
+    splits: Any, context_source: ContextSource | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    if not isinstance(splits, dict) or not splits:
+        raise DatasetError(f"splits must be a DatasetDict with train, validation or test; got {type(splits).__name__}")
+    for name in splits:
+        if name not in SPLITS:
+            raise DatasetError(f"unknown split {name!r}; load_splits names them. {nearest(str(name), SPLITS)}")
+    if "train" not in splits:
+        if mean is None or std is None:
+            raise ConfigError("mean and std are measured on the training split; there is none, so give both")
+        if context_source is not None and not context_source.fitted:
+            raise ConfigError("contexts are fitted on the training split; there is none, so give a fitted source")
+
+
+def _decode_within(
+    splits: Any,
+    image_column: str,
+    decoding: dict[str, Any],
+    budget: int,
+    on_error: OnError,
+    num_workers: int,
+    progress: bool,
+) -> dict[str, DecodedImages]:
+    """Pixels of the splits that fit the budget, by name."""
+    held = {}
+    for name in SPLITS:
+        split = splits.get(name)
+        if split is None or not isinstance(split, datasets.Dataset):
+            continue
+        if len(split) == 0:
+            raise DatasetError(f"split {name!r} has no rows")
+        size = math.prod(image_shape(split, image_column, **decoding)) * len(split)
+        if size > budget:
+            continue
+        held[name] = decode_images(
+            split,
+            image_column,
+            **decoding,
+            on_error=on_error,
+            num_workers=num_workers,
+            progress=f"decode {name}" if progress else None,
+        )
+        budget -= size
+    return held
+
+
+def _readable(
+    splits: Any,
+    held: dict[str, DecodedImages],
+    image_column: str,
+    on_error: OnError,
+    context_source: ContextSource | None,
+) -> dict[str, Any]:
+    """The splits without rows known to be unreadable, which a context source must not meet either."""
+    readable = {}
+    for name, split in splits.items():
+        if name in held:
+            readable[name] = split.select(held[name].rows.numpy()) if held[name].skipped else split
+        else:
+            checked = on_error == "skip" and context_source is not None
+            readable[name] = drop_corrupt_images(split, image_column) if checked else split
+    return readable
+
+
+def _classes(splits: dict[str, Any], label_column: str) -> tuple[tuple[str, ...] | None, int]:
+    """Class names, where there are any, and their number, the same for all splits."""
+    names = {name: label_names(split, label_column) for name, split in splits.items()}
+    first, *others = names
+    for other in others:
+        if names[other] != names[first]:
+            raise DatasetError(f"splits {first!r} and {other!r} have different classes in column {label_column!r}")
+    class_names = names[first]
+    if class_names is not None:
+        return class_names, len(class_names)
+    split = splits.get("train", splits[first])
+    if not isinstance(split, datasets.Dataset):
+        raise DatasetError(
+            f"column {label_column!r} of this stream holds plain integers, so the number of classes is unknown; "
+            "cast it to datasets.ClassLabel(num_classes=...)"
+        )
+    return None, int(read_labels(split, label_column).max()) + 1
+
+
+def _measured(
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    held: dict[str, DecodedImages],
+    train: Any,
+    image_column: str,
+    decoding: dict[str, Any],
+    seed: int,
+) -> tuple[Sequence[float], Sequence[float]]:
+    """What is not given of mean and std, from the training split."""
+    sums = ChannelSums()
+    if "train" in held:
+        sums.update(held["train"].images)
+    else:
+        in_memory = isinstance(train, datasets.Dataset)
+        sample = take_shuffled(train, STATISTICS_IMAGES, seed) if in_memory else train.take(STATISTICS_IMAGES)
+        for rows, arrays in iter_decoded(
+            sample, image_column, mode=decoding["image_mode"], size=decoding["image_size"], skip_corrupt=True
+        ):
+            if rows:
+                sums.update(stack_arrays(arrays, rows))
+    measured_mean, measured_std = sums.mean_and_std()
+    return measured_mean if mean is None else mean, measured_std if std is None else std
+
+
+def _first_shape(
+    held: dict[str, DecodedImages], splits: dict[str, Any], image_column: str, decoding: dict[str, Any]
+) -> tuple[int, int, int]:
+    """(C, H, W) of decoded images, the same for all splits held in memory."""
+    shapes = {name: tuple(decoded.images.shape[1:]) for name, decoded in held.items()}
+    if len(set(shapes.values())) > 1:
+        raise DatasetError(f"splits differ in the size of their images (C, H, W): {shapes}; give an image size")
+    if shapes:
+        channels, height, width = next(iter(shapes.values()))
+        return channels, height, width
+    return image_shape(next(iter(splits.values())), image_column, **decoding)
+
+
+def _held_batches(
+    split: Any, decoded: DecodedImages, label_column: str, num_classes: int, options: dict[str, Any]
+) -> DeviceBatches:
+    labels = torch.from_numpy(read_labels(split, label_column, num_classes))
+    return DeviceBatches(decoded.images, labels, read_context_ids(split), rows=decoded.rows, **options)
+
+
+def _augment_for(augment: Augmentation | None, training: bool) -> Augmentation | None:
+    if augment is None:
+        return None
+    augment = augment if training else augment.evaluation()
+    return None if augment.is_identity else augment
+
+
+def _context_names(splits: dict[str, Any]) -> tuple[str, ...] | None:
+    for split in splits.values():
+        feature = features_of(split).get(CONTEXT_COLUMN)
+        if isinstance(feature, datasets.ClassLabel):
+            return tuple(feature.names)
+    return None

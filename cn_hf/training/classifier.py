@@ -1,0 +1,199 @@
+"""A whole run: data, contexts, network, training and honest evaluation. What it leaves behind is in ``results.py``."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+import cn_hf
+from cn_hf.data import Batches, PreparedData
+from cn_hf.errors import ConfigError
+from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
+from cn_hf.patching.config import BASELINES, ContextNormConfig
+from cn_hf.patching.patch import named_slots
+from cn_hf.patching.routing import ContextSourceLike, RoutedModel
+from cn_hf.training.config import TrainingConfig
+from cn_hf.training.history import History
+from cn_hf.training.networks import check_network_name, create_network
+from cn_hf.training.results import (
+    ClassifierRun,
+    check_writable,
+    data_in_words,
+    network_in_words,
+    run_name,
+    run_title,
+    write_run,
+)
+from cn_hf.training.sources import class_counts, load_data
+from cn_hf.training.supervised import fit, make_accelerator
+
+__all__ = ["build_classifier", "start_norms", "train_classifier"]
+
+
+def train_classifier(config: TrainingConfig) -> ClassifierRun:
+    """Train and evaluate an image classifier as ``config`` says; write the results where it names a folder.
+
+    Call it from every process of an ``accelerate launch``; the main one prints and writes.
+
+    Raises:
+        CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
+    """
+    accelerator = make_accelerator(config)
+    if config.output_dir is not None and accelerator.is_main_process:
+        check_writable(Path(config.output_dir))
+    check_network_name(config.model)
+    data = load_data(config, accelerator)
+    accelerator.print(data_in_words(data))
+    model = build_classifier(config, data)
+    accelerator.print(network_in_words(config, model))
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    name = run_name(config)
+    histories = {name: _fit(model, data, config, accelerator, name, folder)}
+    baseline: nn.Module | None = None
+    if config.baseline:
+        plain = config.replace(mode="none", where=(), norm_options={})
+        baseline = build_classifier(plain, data)
+        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", None)
+    report = _evaluate(config, model, baseline, data, accelerator)
+    run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
+    if report is not None:
+        accelerator.print("\n" + protocol_table(report, title=run_title(config, data)))
+    if folder is not None and accelerator.is_main_process:
+        write_run(run, folder)
+        print(f"\nwritten to {folder}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run
+
+
+def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:
+    """The network of ``config`` for ``data``, patched, its norms started from training images where that is needed.
+
+    The same ``seed`` gives the same base weights whatever ``mode`` is.
+
+    Raises:
+        ConfigError: The network or an option is unknown, or a cn mode finds no contexts in the data.
+        PatchError: The network has no slot of the mode's kind, or a pattern matches nothing.
+    """
+    norms = _norm_config(config, data)
+    set_seed(config.seed)
+    model = create_network(
+        config.model,
+        num_classes=data.num_classes,
+        input_size=data.input_size,
+        model_args=config.model_args,
+        pretrained=config.pretrained,
+    )
+    if norms is None:
+        return model
+    calibrates = norms.mode not in BASELINES and config.calibrate != "never"
+    with warnings.catch_warnings():
+        if calibrates:  # what the warning advises is done next
+            warnings.filterwarnings("ignore", message=".*never saw data")
+        cn_hf.patch_model(model, config=norms)
+    assert data.train is not None  # load_data names a training split
+    if calibrates:
+        model.to(data.train.device)
+        start_norms(model, data.train, config)
+    if norms.mode not in BASELINES:
+        source = cast("ContextSourceLike | None", data.context_source)  # one that cannot predict says so when asked
+        cn_hf.set_inference(model, norms.inference, source=source, mean=data.mean, std=data.std)
+    return model
+
+
+def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> bool:
+    """Calibrate a patched model on training images: always, or where a BatchNorm it replaced had never seen any.
+
+    Every process uses the same whole batches, so all start alike.
+
+    Returns:
+        Whether it was done.
+    """
+    fresh = [slot for _, slot in named_slots(model) if _never_saw_data(slot)]
+    if config.calibrate == "auto" and not fresh:
+        return False
+    whole = copy.copy(batches)
+    whole.num_processes, whole.process_index = 1, 0
+    whole.set_epoch(0)
+    chosen = [dict(batch) for batch in itertools.islice(whole, config.calibration_batches)]
+    # An embedder narrower than the contexts still starts as near to them as it can.
+    cn_hf.calibrate(model, chosen, approximate=True)
+    return True
+
+
+def _never_saw_data(slot: Any) -> bool:
+    tracked = getattr(slot, "num_batches_tracked", None)
+    return isinstance(tracked, torch.Tensor) and int(tracked) == 0
+
+
+def _norm_config(config: TrainingConfig, data: PreparedData) -> ContextNormConfig | None:
+    if config.mode in ("none", *BASELINES):
+        return config.context_norm_config()
+    if data.context_names is None:
+        raise ConfigError(
+            f"mode {config.mode!r} needs contexts and the data has none; say where they come from, e.g. "
+            "--contexts clusters:gmm:3 or --contexts column:NAME"
+        )
+    count = len(data.context_names)
+    if config.num_contexts is not None and config.num_contexts != count:
+        raise ConfigError(f"num_contexts is {config.num_contexts}, but contexts {config.contexts!r} are {count}")
+    return config.context_norm_config(count, data.context_names)
+
+
+def _fit(
+    model: nn.Module,
+    data: PreparedData,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    name: str,
+    folder: Path | None,
+) -> History:
+    assert data.train is not None
+    return fit(
+        model,
+        data.train,
+        data.validation,
+        config=config,
+        accelerator=accelerator,
+        output_dir=folder,
+        description=name,
+    )
+
+
+def _evaluate(
+    config: TrainingConfig,
+    model: nn.Module,
+    baseline: nn.Module | None,
+    data: PreparedData,
+    accelerator: Accelerator,
+) -> ProtocolReport | None:
+    split = data.validation if data.test is None else data.test
+    if split is None or data.train is None:
+        return None
+    counts = None
+    if data.context_names is not None:
+        counts = class_counts(data.train, data.num_classes, len(data.context_names), config)
+    has_contexts = isinstance(model, RoutedModel) and config.mode not in BASELINES
+    # A network without contexts is itself the baseline that the leak check masks.
+    baselines = {} if has_contexts else {run_name(config): model}
+    if baseline is not None:
+        baselines["" if has_contexts else "baseline"] = baseline
+    return evaluate_protocols(
+        model if has_contexts else None,
+        split,
+        num_classes=data.num_classes,
+        class_counts=counts,
+        baseline=baselines or None,
+        top_k=(1, 5) if data.num_classes > 5 else (1,),
+        seed=config.seed,
+        accelerator=accelerator,
+        progress=config.progress,
+    )

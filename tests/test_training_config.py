@@ -1,0 +1,173 @@
+"""TrainingConfig: what it refuses, and that nothing is lost through JSON, YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cn_hf.errors import ConfigError
+from cn_hf.training.command import training_app
+from cn_hf.training.config import TrainingConfig
+
+UNUSUAL = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"img_size": 32, "depth": 2},
+    "dataset": ["a", "b/c"],
+    "validation_fraction": 0.25,
+    "image_size": 48,
+    "augment": ["flip", "crop"],
+    "augment_options": {"crop_padding": 2},
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.2, 0.25],
+    "mode": "cn-patches",
+    "where": ["blocks.0.norm1", "norm"],
+    "contexts": "column:coarse_label",
+    "norm_options": {"parametrization": "table"},
+    "epochs": 7,
+    "optimizer": "adamw",
+    "optimizer_args": {"betas": [0.8, 0.9]},
+    "schedule": "step",
+    "step_epochs": [2, 5],
+    "patience": 3,
+    "mixed_precision": "bf16",
+    "calibrate": "never",
+    "baseline": True,
+    "output_dir": "runs/one",
+}
+
+
+def test_round_trips() -> None:
+    config = TrainingConfig.from_dict(UNUSUAL)
+    assert TrainingConfig.from_json(config.to_json()) == config
+    assert TrainingConfig.from_yaml(config.to_yaml()) == config
+    assert TrainingConfig.from_dict(config.to_dict()) == config
+    assert config.replace(epochs=8).epochs == 8
+    assert config.epochs == 7
+
+
+def test_is_frozen_and_slotted() -> None:
+    config = TrainingConfig(model="x")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3  # type: ignore[misc]
+    assert not hasattr(config, "__dict__")
+
+
+def test_yaml_numbers_become_the_field_s_type() -> None:
+    config = TrainingConfig.from_yaml("model: x\nlearning_rate: 1e-3\nepochs: 3.0\nwarmup_epochs: 1\ndataset: one\n")
+    assert config.learning_rate == 1e-3
+    assert isinstance(config.epochs, int)
+    assert isinstance(config.warmup_epochs, float)
+    assert config.dataset == ("one",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, r"unknown option 'epoch'; did you mean 'epochs'\?"),
+        ({"optimizer": "adm"}, r"unknown optimizer 'adm'; did you mean 'adam'\?"),
+        ({"schedule": "cosin"}, r"did you mean 'cosine'\?"),
+        ({"mixed_precision": "fp8"}, r"unknown mixed_precision 'fp8'"),
+        ({"mode": "cn-chanels"}, r"did you mean 'cn-channels'\?"),
+        ({"mode": "cn", "norm_options": {"affin": True}}, r"did you mean 'affine'\?"),
+        ({"mode": "cn", "norm_options": {"mode": "bn"}}, "norm_options holds 'mode'"),
+        ({"where": "norms"}, "mode is 'none'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": "ten"}, "'epochs' must be a whole number, got 'ten'"),
+        ({"epochs": 1.5}, "'epochs' must be a whole number"),
+        ({"seed": True}, "'seed' must be a whole number"),
+        ({"calibrate": "yes"}, "unknown calibrate 'yes'"),
+        ({"baseline": "yes"}, "'baseline' must be true or false"),
+        ({"learning_rate": float("nan")}, "'learning_rate' must be a finite number"),
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"validation_fraction": -0.1}, "validation_fraction"),
+        ({"schedule": "step"}, "needs step_epochs"),
+        ({"step_epochs": [5, 2]}, "rising"),
+        ({"warmup_epochs": 200}, "more than epochs"),
+        ({"minimum_learning_rate": 1.0}, "above learning_rate"),
+        ({"mean": [0.5], "std": []}, "one value per channel"),
+        ({"mean": [0.5], "std": [0.0]}, "std positive"),
+        ({"model": ""}, "model is empty"),
+        ({"model_args": [1]}, "'model_args' must be a mapping"),
+        ({"dataset": [1]}, "'dataset' must be text"),
+    ],
+)
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig.from_dict({"model": "x", **options})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "3", "a: [", '{1: "x"}'])
+def test_a_config_that_is_no_mapping_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="config"):
+        TrainingConfig.from_yaml(text)
+
+
+def test_context_norm_config() -> None:
+    assert TrainingConfig(model="x").context_norm_config() is None
+    config = TrainingConfig(model="x", mode="cn-channels", where=("paper",), norm_options={"affine": True})
+    made = config.context_norm_config(2, ("day", "night"))
+    assert made is not None
+    assert (made.mode, made.where, made.affine) == ("cn-channels", "paper", True)
+    assert made.context_names == ("day", "night")
+    patterns = TrainingConfig(model="x", mode="mn", where=("bn3",), num_contexts=4).context_norm_config()
+    assert patterns is not None
+    assert (patterns.where, patterns.num_contexts) == (("bn3",), 4)
+
+
+def test_no_model_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        TrainingConfig.from_yaml("")
+    with pytest.raises(ConfigError, match="must be JSON"):
+        TrainingConfig.from_json("{")
+
+
+def as_arguments(options: dict) -> list[str]:
+    arguments = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            arguments += [part for key, entry in value.items() for part in (flag, f"{key}={entry}")]
+        elif isinstance(value, list):
+            arguments += [part for entry in value for part in (flag, str(entry))]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def run_command(arguments: list[str]) -> TrainingConfig:
+    seen: list[TrainingConfig] = []
+    result = CliRunner().invoke(training_app(seen.append, help="test"), arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_every_option_is_on_the_command_line() -> None:
+    assert run_command(as_arguments(UNUSUAL)) == TrainingConfig.from_dict(UNUSUAL)
+    everything = {
+        name: value for name, value in TrainingConfig.from_dict(UNUSUAL).to_dict().items() if value is not None
+    }
+    assert run_command(as_arguments(everything)) == TrainingConfig.from_dict(UNUSUAL)
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(TrainingConfig.from_dict(UNUSUAL).to_yaml())
+    config = run_command(["--config", str(file), "--epochs", "9", "--no-baseline", "--model-args", "depth=3"])
+    expected = {**UNUSUAL, "epochs": 9, "baseline": False, "model_args": {"img_size": 32, "depth": 3}}
+    assert config == TrainingConfig.from_dict(expected)
+
+
+def test_bad_command_lines(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        run_command(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigError, match="--model-args takes NAME=VALUE, got 'depth'"):
+        run_command(["--model", "x", "--model-args", "depth"])
+    result = CliRunner().invoke(training_app(print, help="test"), ["--epoch", "3"])
+    assert result.exit_code != 0
+    assert "--epochs" in result.output
