@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, InputShapeError
@@ -239,7 +241,12 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``."""
         check_features(self, x)
-        out: Tensor = super().forward(x.movedim(self.feature_dim, 1))
+        moved = x.movedim(self.feature_dim, 1)
+        if self.training and _recomputing():  # the running statistics have moved in the first forward
+            running = (cast(Tensor, self.running_mean).clone(), cast(Tensor, self.running_var).clone())
+            out = F.batch_norm(moved, *running, self.weight, self.bias, True, 0.0, self.eps)
+        else:
+            out = super().forward(moved)
         return out.movedim(1, self.feature_dim)
 
     def normalize(

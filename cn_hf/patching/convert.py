@@ -185,12 +185,6 @@ class Slot(Swapped):
 
     def reset_normalizer(self) -> None:
         """Bring the normalizer to where it leaves the model's output as the original module's."""
-        if self.normalizer.is_on_meta():
-            module = cast(nn.Module, self)
-            tensor = next((t for t in (*module.parameters(), *module.buffers()) if not t.is_meta), None)
-            if tensor is None:
-                return
-            self.normalizer.to_empty(device=tensor.device)
         if isinstance(self.normalizer, ContextNorm):
             self.normalizer.reset_parameters()
             start = self.start_statistics()
@@ -222,6 +216,11 @@ class Slot(Swapped):
         Handing the normalizer its own state keeps strict loading content; torch gives each module a copy of the
         dictionary, so the caller's is untouched.
         """
+        if self.normalizer.is_on_meta():  # and the checkpoint is being assigned
+            loaded = next((t for t in state_dict.values() if isinstance(t, Tensor) and not t.is_meta), None)
+            own = next((t for t in cast(nn.Module, self).parameters() if not t.is_meta), loaded)
+            if own is not None:
+                self.normalizer.to_empty(device=own.device)
         self.reset_normalizer()
         state_dict.update({f"{prefix}normalizer.{name}": value for name, value in self.normalizer.state_dict().items()})
 

@@ -24,9 +24,9 @@ WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule", "Fully
 
 def patch_model(
     model: nn.Module,
-    mode: str = "cn-patches",
+    mode: str | None = None,
     *,
-    num_contexts: int = 3,
+    num_contexts: int | None = None,
     where: str | Sequence[str] | None = None,
     context_names: Sequence[str] | None = None,
     config: ContextNormConfig | None = None,
@@ -39,14 +39,13 @@ def patch_model(
 
     Args:
         model: a timm, transformers or any other module, not wrapped and not compiled yet.
-        mode: ``"cn-patches"``, ``"cn-channels"``, ``"cn"`` (both), or a baseline, ``"bn"`` or ``"mn"``.
-        num_contexts: number of contexts (components for ``"mn"``).
+        mode: ``"cn-patches"`` (the default), ``"cn-channels"``, ``"cn"`` (both), or a baseline, ``"bn"`` or ``"mn"``.
+        num_contexts: number of contexts (components for ``"mn"``); 3, the paper's K, by default.
         where: ``"norms"``, every norm layer of the mode's kind; ``"paper"``, the paper's placement; ``"input"``;
             ``"embed"``; module-name patterns (full name, suffix or regular expression); None for ``"norms"`` where the
             model has any of that kind (cn modes), else ``"paper"``.
         context_names: names of the contexts; sets their number too.
-        config: a whole configuration. Options given beside it replace its fields; so do the arguments, where they
-            differ from their defaults.
+        config: a whole configuration; the arguments and options given beside it replace its fields.
         **options: further fields of ``ContextNormConfig``.
 
     Returns:
@@ -112,8 +111,8 @@ def _check_model(model: nn.Module) -> None:
 
 def _build_config(
     config: ContextNormConfig | None,
-    mode: str,
-    num_contexts: int,
+    mode: str | None,
+    num_contexts: int | None,
     where: str | Sequence[str] | None,
     context_names: Sequence[str] | None,
     options: dict[str, Any],
@@ -122,9 +121,8 @@ def _build_config(
     if not isinstance(base, ContextNormConfig):
         raise InputTypeError(f"config must be a ContextNormConfig, received {type(base).__name__}.")
     given: dict[str, Any] = dict(options)
-    default = ContextNormConfig()
     for name, value in (("mode", mode), ("num_contexts", num_contexts), ("where", where)):
-        if value != getattr(default, name):
+        if value is not None:
             given[name] = value
     if context_names is not None:
         if isinstance(context_names, str) or not isinstance(context_names, Sequence):

@@ -425,9 +425,12 @@ def _per_channel(name: str, values: Sequence[float] | None, current: tuple[float
     if values is None:
         return current
     try:
-        return tuple(float(value) for value in values)
+        numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must be one number a channel, received {values!r}.") from error
+    if name == "std" and not all(number > 0 for number in numbers):
+        raise ConfigError(f"std must be positive in every channel, received {values!r}.")
+    return numbers
 
 
 def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
