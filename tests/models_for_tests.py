@@ -39,9 +39,9 @@ def settle(model: nn.Module) -> nn.Module:
 
     with torch.no_grad():
         for module in model.modules():
-            if not any(word in type(module).__name__.lower() for word in ("norm", "bn")) or list(module.parameters()) != (
-                list(module.parameters(recurse=False))
-            ):
+            if not any(word in type(module).__name__.lower() for word in ("norm", "bn")) or list(
+                module.parameters()
+            ) != (list(module.parameters(recurse=False))):
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 uniform(parameter, *((0.5, 1.5) if name == "weight" else (-0.5, 0.5)))
@@ -121,6 +121,18 @@ class SmallTokenNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.inner(x)))
+
+
+class Shared(nn.Module):
+    """One norm in two places."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first = self.second = norm
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.mix(self.first(x)))
 
 
 class TextNet(nn.Module):
@@ -239,3 +251,12 @@ def anatomy(model: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
         name: (type(module), tuple(sorted([*module.__dict__, *module._modules, *module._parameters, *module._buffers])))
         for name, module in model.named_modules()
     }
+
+
+def refusal(call: Callable[[], Any]) -> Exception | None:
+    """The error with which a call was refused, or None where it went through."""
+    try:
+        call()
+    except (cn_hf.CnHfError, RuntimeError) as error:
+        return error
+    return None

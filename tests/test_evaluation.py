@@ -130,9 +130,13 @@ def test_sentences_on_differences() -> None:
     right = torch.arange(100) < 80
     worse = torch.arange(100) < 50
     assert compared("CN", right, "the baseline", worse) == (
-        "CN beats the baseline (80.00 % against 50.00 %: +30.00 ± 4.58 points)."
+        "CN beats the baseline (top-1 80.00 % against 50.00 %: +30.00 ± 4.58 points)."
     )
-    assert compared("CN", worse, "the baseline", right).startswith("CN does not beat the baseline (50.00 % against")
+    assert compared("CN", worse, "the baseline", right).startswith(
+        "CN does not beat the baseline (top-1 50.00 % against"
+    )
+    near = torch.arange(100) < 78  # two samples of a hundred prove nothing
+    assert compared("CN", right, "the baseline", near).startswith("CN cannot be told apart from the baseline")
     assert compared("CN", right, "the baseline", right).startswith("CN cannot be told apart from the baseline on 100")
 
 

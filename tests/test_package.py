@@ -202,7 +202,9 @@ def test_a_broken_direction_is_seen(tmp_path: Path, file: str, line: str) -> Non
 def test_no_machine_paths_in_the_repository() -> None:
     machine = ["/" + folder + "/" for folder in ("root", "home", "work", "Users", "mnt")] + ["/" + "tmp/v", "C:" + "\\"]
     folders = [REPOSITORY / name for name in ("cn_hf", "scripts", "tests", "model_cards")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".md", ".json")]
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".md", ".json")
+    ]
     files += [REPOSITORY / name for name in ("README.md", "pyproject.toml", ".ci/run") if (REPOSITORY / name).exists()]
     assert len(files) > 30
     found = [(path.name, word) for path in files for word in machine if word in path.read_text()]

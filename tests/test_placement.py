@@ -166,7 +166,9 @@ def test_batch_norm_of_one_and_three_dimensions_and_group_norm_count_as_channels
 )
 def test_patterns_match_full_names_suffixes_and_expressions(where: Any, expected: set[str]) -> None:
     model = vit_with_every_slot(global_pool="avg")
-    if "mlp" in expected:  # the suffix `norm` means patch_embed.norm, attn.norm, mlp.norm, but neither fc_norm nor norm1
+    if (
+        "mlp" in expected
+    ):  # the suffix `norm` means patch_embed.norm, attn.norm, mlp.norm, but neither fc_norm nor norm1
         expected = {"patch_embed.norm", *(f"blocks.{i}.{part}.norm" for i in range(2) for part in ("attn", "mlp"))}
     assert slots(model, where=where) == expected
 
@@ -226,7 +228,7 @@ def test_empty_places_are_refused() -> None:
             cn_hf.patch_model(vit(), where=where)
 
 
-# ---------------------------------------------------------------------------------------------- norms that cannot be swapped
+# ----------------------------------------------------------------------------------------- norms that cannot be swapped
 
 
 def test_norms_left_as_they_are_are_named_in_a_warning() -> None:

@@ -217,7 +217,7 @@ def test_several_baselines_and_none() -> None:
         _patched(), _batches(data), class_counts=counts, baseline={"BN": _convnet(1), "plain": _convnet(2)}
     )
     assert [row.name for row in report][-4:] == [
-        "masked baseline: BN", "baseline: BN", "masked baseline: plain", "baseline: plain",
+        "masked baseline (BN)", "baseline (BN)", "masked baseline (plain)", "baseline (plain)",
     ]  # fmt: skip
     assert sum("masked baseline" in sentence for sentence in report.findings) == 2
     bare = _evaluate(_patched(), _batches(data))
@@ -490,6 +490,36 @@ def test_bad_models() -> None:
         evaluate_protocols(model, batches, num_classes=7, progress=False)
     with pytest.raises(InputTypeError, match="received str"):
         _evaluate(None, batches, baseline=_Words())
+
+
+def test_an_empty_part_of_a_small_batch_is_skipped() -> None:
+    model, batches = _patched(), _batches(_data(20))
+    empty = {name: column[:0] for name, column in batches[0].items()}
+    source = BrightnessContexts(threshold=80.0)
+    assert _evaluate(model, [batches[0], empty, batches[1]], source=source) == _evaluate(model, batches, source=source)
+
+
+class _NeedsNoGradients(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert not self.training
+        return super().forward(images)
+
+
+def test_networks_run_without_gradients_in_evaluation_mode() -> None:
+    _evaluate(None, _batches(_data(8)), baseline=_NeedsNoGradients(*_convnet()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_models_on_a_gpu_with_batches_on_the_cpu() -> None:
+    data, source = _data(), BrightnessContexts(threshold=80.0)
+    counts = _counts(data["labels"], data["context_ids"])
+    model = _patched()
+    expected = _evaluate(model, _batches(data), class_counts=counts, baseline=_convnet(1), source=source)
+    found = _evaluate(model.cuda(), _batches(data), class_counts=counts, baseline=_convnet(1), source=source)
+    for row, other in zip(found, expected, strict=True):
+        assert all(abs(row.correct[k] - other.correct[k]) <= 1 for k in row.correct), row.name
 
 
 class _Words(nn.Module):

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from models_for_tests import (
     hf_vit,
     images,
     logits,
+    refusal,
     seeded,
     small_convnet,
     tell_apart,
@@ -50,7 +52,7 @@ def one_by_one(model: nn.Module, x: Tensor, ids: list[int]) -> Tensor:
     return torch.cat([logits(model(x[i : i + 1], context_ids=r)) for i, r in enumerate(ids)])
 
 
-# ------------------------------------------------------------------------------------------------------- forms of the ids
+# ----------------------------------------------------------------------------------------------------- forms of the ids
 
 IDS = [2, 0, 1, 2]
 FORMS: dict[str, Any] = {
@@ -161,7 +163,9 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         cn_hf.patch_model(vit())(images(), context_ids="day")
 
 
-@pytest.mark.parametrize("call", [lambda m, ids: m(images(), context_ids=ids), cn_hf.use_contexts], ids=["forward", "use"])
+@pytest.mark.parametrize(
+    "call", [lambda m, ids: m(images(), context_ids=ids), cn_hf.use_contexts], ids=["forward", "use"]
+)
 def test_none_for_use_contexts_is_an_error_or_means_none(call: Any) -> None:
     model = patched()
     expected = model(images())
@@ -228,7 +232,7 @@ def test_a_forward_without_tensors_needs_no_ids() -> None:
         model(xs, context_ids=[0, 1])
 
 
-# ----------------------------------------------------------------------------------------------- windows, tiles, batch-major
+# ------------------------------------------------------------------------------------------ windows, tiles, batch-major
 
 
 class WithinWindows(nn.Module):
@@ -273,7 +277,7 @@ def test_a_leading_dimension_that_is_no_multiple_is_an_error() -> None:
     assert torch.equal(model(x), model(x))
 
 
-# ------------------------------------------------------------------------------------------------------------ use_contexts
+# --------------------------------------------------------------------------------------------------------- use_contexts
 
 
 def test_forward_features_and_intermediates_take_ids_from_use_contexts() -> None:
@@ -338,7 +342,7 @@ def test_use_contexts_of_a_plain_model_is_an_error() -> None:
             pass
 
 
-# ------------------------------------------------------------------------------------------------------- no state behind
+# ------------------------------------------------------------------------------------------------------ no state behind
 
 
 class Stop(Exception):  # noqa: N818
@@ -440,7 +444,7 @@ def test_a_model_that_calls_itself_within_a_forward() -> None:
     handle.remove()
 
 
-# ------------------------------------------------------------------------------------------------ activation checkpointing
+# --------------------------------------------------------------------------------------------- activation checkpointing
 
 
 class Checkpointed(SmallTokenNet):
@@ -552,7 +556,7 @@ def test_running_statistics_move_once_under_checkpointing() -> None:
         torch.testing.assert_close(*outcomes)
 
 
-# ------------------------------------------------------------------------------------------------------------ set_inference
+# -------------------------------------------------------------------------------------------------------- set_inference
 
 
 class Brightness:
@@ -619,7 +623,7 @@ def test_a_predict_that_names_no_context_is_an_error() -> None:
             return torch.full((len(pixels),), 3)
 
     model = cn_hf.set_inference(patched(), "predict", source=Wrong())
-    with pytest.raises(ContextIdError, match="0..2"):
+    with pytest.raises(ContextIdError, match=r"0\.\.2"):
         model(images())
 
 
@@ -650,12 +654,13 @@ def test_average_where_one_context_is_sure() -> None:
 
 def test_average_of_a_model_without_logits_is_an_error() -> None:
     model = cn_hf.set_inference(cn_hf.patch_model(make_checkpointed().eval()), "average")
-    try:
-        output = model(torch.randn(4, 3, 5))
-    except CnHfError as error:
-        assert "logits" in str(error)
+    outputs: list[Any] = []
+    error = refusal(lambda: outputs.append(model(torch.randn(4, 3, 5))))
+    if error is None:
+        assert outputs[0]["logits"].exp().sum(-1).allclose(torch.ones(4, 3))
     else:
-        assert output["logits"].exp().sum(-1).allclose(torch.ones(4, 3))
+        assert isinstance(error, CnHfError)
+        assert "logits" in str(error)
 
 
 @pytest.mark.parametrize("stats", ["learned", "batch"])
@@ -679,7 +684,10 @@ def test_plus_of_one_layer_by_hand() -> None:
     x = torch.randn(2, 3, 5)
     y = nn.functional.layer_norm(model.inner(x), (6,)).reshape(-1, 6).double()
     density = torch.stack(
-        [torch.distributions.Normal(m.double(), v.double().sqrt()).log_prob(y).sum(1) for m, v in zip(mean, var + 1e-5)],
+        [
+            torch.distributions.Normal(m.double(), v.double().sqrt()).log_prob(y).sum(1)
+            for m, v in zip(mean, var + 1e-5, strict=True)
+        ],
         dim=1,
     )
     tau = density.softmax(1)
@@ -707,17 +715,16 @@ def test_set_inference_refuses_what_it_cannot_do_and_changes_nothing() -> None:
         (None, {}, "inference"),
     ]
     for inference, options, message in bad:
-        with pytest.raises(CnHfError, match=message) as caught:
-            cn_hf.set_inference(model, inference, **options)
-            pytest.fail(f"accepted {inference!r}, {options}")
-        assert isinstance(caught.value, (ConfigError, TypeError))
+        error = refusal(lambda inference=inference, options=options: cn_hf.set_inference(model, inference, **options))
+        assert isinstance(error, (ConfigError, TypeError)), (inference, options)
+        assert re.search(message, str(error))
         assert model.context_config == config
         assert torch.equal(model(x), before)
     with pytest.raises(PatchError):
         cn_hf.set_inference(vit(), "cn")
 
 
-# ----------------------------------------------------------------------------------------------------- signature and Trainer
+# ------------------------------------------------------------------------------------------------ signature and Trainer
 
 
 @pytest.mark.parametrize("make", [vit, hf_vit, small_convnet, text_net], ids=lambda f: f.__name__)
@@ -731,7 +738,9 @@ def test_the_signature_names_context_ids_after_the_original_parameters(make: Cal
     assert type(model).__name__ == base.__name__
     assert "context_ids" in names
     assert [name for name in names if name != "context_ids"] == original
-    positional = [n for n in original if inspect.signature(base.forward).parameters[n].kind != inspect.Parameter.VAR_KEYWORD]
+    positional = [
+        n for n in original if inspect.signature(base.forward).parameters[n].kind != inspect.Parameter.VAR_KEYWORD
+    ]
     assert names.index("context_ids") >= len(positional)
     assert inspect.signature(model.forward).parameters["context_ids"].default is None
     cn_hf.unpatch_model(model)
@@ -762,7 +771,7 @@ def test_trainer_keeps_the_column_and_trains(tmp_path: Path) -> None:
     np.testing.assert_allclose(given, expected, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------- copies of one layer
+# -------------------------------------------------------------------------------------------------- copies of one layer
 
 
 def test_a_copied_slot_still_receives_ids() -> None:
@@ -792,7 +801,7 @@ def test_a_copied_slot_of_a_copied_model_follows_the_copy() -> None:
     assert torch.equal(again(x, context_ids=2), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------- parallel
+# ------------------------------------------------------------------------------------------------------------- parallel
 
 
 def test_data_parallel_works_or_says_what_to_use() -> None:
@@ -808,34 +817,36 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 import cn_hf
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def train(rank, world, folder):
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+    model = nn.Sequential(*layers)
+    cn_hf.patch_model(model).train()
+    ids = torch.tensor([0, 0, 1, 0, 2, 2, 2, 2])  # contexts that the other process never sees
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    wrapped = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        x = torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        wrapped(x[part], context_ids=ids[part]).square().mean().backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/{rank}-of-{world}.pt")
+
 torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-cn_hf.patch_model(model).train()
-ids = torch.tensor([0, 0, 1, 0, 2, 2, 2, 2])  # contexts that the other process never sees
-part = slice(rank * 8 // world, (rank + 1) * 8 // world)
-wrapped = model
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-for step in range(3):
-    x = torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(step))
-    optimizer.zero_grad()
-    wrapped(x[part], context_ids=ids[part]).square().mean().backward()
-    optimizer.step()
-torch.save(model.state_dict(), f"{folder}/{rank}-of-{world}.pt")
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+train(rank, 2, folder)
+dist.destroy_process_group()
+if rank == 0:
+    train(0, 1, folder)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    runs = [
-        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(world), str(tmp_path)])
-        for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]
-    assert [run.wait(timeout=200) for run in runs] == [0, 0, 0]
+    runs = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0]
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
     moved = 0
     for name, value in one.items():

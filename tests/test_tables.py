@@ -28,7 +28,7 @@ from cn_hf.evaluation import (
     write_results,
 )
 from cn_hf.evaluation.environment import portable_command
-from cn_hf.evaluation.files import write_whole
+from cn_hf.files import write_whole
 
 
 def report() -> ProtocolReport:

@@ -34,6 +34,7 @@ __all__ = [
     "raw_features",
     "restore_format",
     "training_split",
+    "warn_of_test_split",
     "with_context_ids",
     "with_features",
 ]
@@ -100,13 +101,16 @@ def training_split(dataset: DatasetLike) -> Split:
                 "itself, fit(dataset[...]), or rename it to 'train'."
             )
         return check_split(dataset["train"])
-    split = check_split(dataset)
+    return check_split(dataset)
+
+
+def warn_of_test_split(split: Split) -> None:
+    """Warn if what is about to be fitted on calls itself a test split."""
     if split.split is not None and str(split.split).startswith("test"):
         warnings.warn(
             f"Fitting contexts on split {str(split.split)!r}: contexts of test data must come from training data.",
             stacklevel=4,
         )
-    return split
 
 
 def features_of(split: Split) -> datasets.Features:
@@ -195,7 +199,8 @@ def with_context_ids(
     if CONTEXT_COLUMN in features_of(split):
         if not overwrite:
             raise column_exists()
-        split = restore_format(split.remove_columns(CONTEXT_COLUMN), split)
+        if isinstance(split, datasets.Dataset):
+            split = restore_format(split.remove_columns(CONTEXT_COLUMN), split)
     label = datasets.ClassLabel(names=list(names))
     if isinstance(split, datasets.Dataset):
         added = split.add_column(CONTEXT_COLUMN, np.asarray(ids(), dtype=np.int64), feature=label)

@@ -156,8 +156,9 @@ def _unify_stream(
     origin: Origin,
     blend: Blend,
 ) -> datasets.IterableDataset:
-    typed = with_features(split.with_format(None), features).select_columns(list(columns))
-    renamed = typed.rename_columns({old: new for old, new in columns.items() if old != new})
+    # Undecoded while columns are renamed, which a stream does by a map that would encode images again.
+    raw = with_features(split.with_format(None), raw_features(features)).select_columns(list(columns))
+    renamed = raw.rename_columns({old: new for old, new in columns.items() if old != new})
     label = next((features[old] for old, new in columns.items() if new == blend.label_column), None)
     return map_stream(renamed, _UnifyBatch(origin, blend, label), blend.features, batch_size=256)
 

@@ -10,6 +10,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` ``W`` pixels, ``F = C*H*W`` pi
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from cn_hf.contexts.access import Split
 from cn_hf.contexts.base import check_names
 from cn_hf.contexts.embedding import describe, embed, probe
-from cn_hf.contexts.estimators import Clustering, assign, cluster, principal_components, project
+from cn_hf.contexts.estimators import Clustering, Stopping, assign, cluster, principal_components, project
 from cn_hf.contexts.image_source import ImageContextSource, PixelChunk
 from cn_hf.contexts.images import size_mismatch
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, nearest
@@ -112,12 +113,13 @@ class ClusterContexts(ImageContextSource):
         image_size: int or (height, width) to resize to; None requires images of one size.
         names: of the contexts; None gives ``cluster_0``, ``cluster_1``, ...
         seed: of sampling, k-means++ and PCA.
-        max_iterations: of EM or k-means, on a sample first and then on all images.
+        max_iterations: of EM or k-means, at each stage: on samples first, then on all images.
         tol: EM stops once the mean log-likelihood of an image changes by less; k-means once the centres' squared shifts
             sum to at most this part of the mean variance.
         reg_covar: added to every variance of a Gaussian. Pixels that never change would otherwise decide alone; 1e-3
             is a standard deviation of 8 of 255 levels.
-        min_share: a cluster with less than this part of an equal share of the images is set anew while fitting.
+        min_share: a cluster with less than this part of an equal share of the images is set anew while fitting, a few
+            times; one that stays so small gives a warning.
         pca_components: at most so many for ``features="pca"``.
         fit_samples: fit on so many images, drawn by ``seed`` (of a stream: its first); None fits on all.
         mean: pixels in [0, 1] are standardised with it before an embedding model; one number or one a channel.
@@ -218,18 +220,11 @@ class ClusterContexts(ImageContextSource):
             options.num_contexts,
             method=options.method,
             seed=options.seed,
-            max_iterations=options.max_iterations,
-            tol=options.tol,
+            stopping=Stopping(max_iterations=options.max_iterations, tol=options.tol, min_share=options.min_share),
             reg_covar=options.reg_covar,
-            min_share=options.min_share,
         )
         sizes = torch.bincount(assign(vectors, clustering), minlength=options.num_contexts).tolist()
-        if 0 in sizes:
-            empty = self.names[sizes.index(0)]
-            raise ContextSourceError(
-                f"Context {empty!r} got none of the {len(pixels)} training images (sizes {sizes}). Ask for fewer "
-                "contexts, or try another seed, features or method."
-            )
+        self._check_sizes(sizes)
         self._fit = FittedClusters(
             clustering=clustering,
             sizes=tuple(sizes),
@@ -238,6 +233,15 @@ class ClusterContexts(ImageContextSource):
             scale=scale,
             probe=fingerprint,
         )
+
+    def _check_sizes(self, sizes: list[int]) -> None:
+        smallest = min(sizes)
+        name = self.names[sizes.index(smallest)]
+        advice = "Ask for fewer contexts, or try another seed, features or method."
+        if smallest == 0:
+            raise ContextSourceError(f"Context {name!r} got none of the training images (sizes {sizes}). {advice}")
+        if smallest < self.options.min_share * sum(sizes) / len(sizes):
+            warnings.warn(f"Context {name!r} has {smallest} of {sum(sizes)} training images. {advice}", stacklevel=5)
 
     def _collect(self, chunks: Iterable[PixelChunk]) -> Tensor:
         """All training pixels, uint8 ``(N, C, H, W)``."""
@@ -263,13 +267,12 @@ class ClusterContexts(ImageContextSource):
             raise ContextSourceError(f"{count} training images cannot form {self.options.num_contexts} contexts.")
         return torch.cat(parts)
 
-    def _check_size(self, chunk: PixelChunk) -> None:
-        shape = self.clusters.shape
-        if len(chunk.pixels) and tuple(chunk.pixels.shape[1:]) != shape:
-            height, width = chunk.pixels.shape[2:]
+    def _check_size(self, row: int, height: int, width: int) -> None:
+        size = self.clusters.shape[1:]
+        if (height, width) != size:
             raise ContextSourceError(
-                f"Image {chunk.rows[0]} is {height}x{width}, the contexts were fitted on {shape[1]}x{shape[2]} "
-                f"(height x width). Resize it, or fit with image_size=({shape[1]}, {shape[2]}) to have all resized."
+                f"Image {row} is {height}x{width}, the contexts were fitted on {size[0]}x{size[1]} (height x width). "
+                f"Resize it, or fit with image_size={size} to have all resized."
             )
 
     def _pixel_ids(self, pixels: Tensor) -> Tensor:

@@ -7,15 +7,7 @@ from typing import Any
 
 import datasets
 
-from cn_hf.contexts.access import (
-    DatasetLike,
-    Split,
-    features_of,
-    map_splits,
-    raw_features,
-    restore_format,
-    with_features,
-)
+from cn_hf.contexts.access import DatasetLike, Split, features_of, map_splits, map_stream
 from cn_hf.contexts.images import decode_image, find_image_column, iter_decoded
 from cn_hf.errors import DatasetFileError
 
@@ -41,8 +33,7 @@ def _drop_corrupt(split: Split, image_column: str | None) -> Split:
     features = features_of(split)
     column = find_image_column(features, image_column)
     if isinstance(split, datasets.IterableDataset):
-        raw = with_features(split.with_format(None), raw_features(features))
-        return restore_format(with_features(raw.filter(_Decodable(column), with_indices=True), features), split)
+        return map_stream(split, _DropRows(column), features, batch_size=256)
     batches = iter_decoded(split, column, skip_corrupt=True, progress="checking images")
     good = [row for batch in batches for row in batch.rows]
     if len(good) == len(split):
@@ -53,16 +44,18 @@ def _drop_corrupt(split: Split, image_column: str | None) -> Split:
     return split.select(good)
 
 
-class _Decodable:
-    """A stream's filter: whether the image decodes."""
+class _DropRows:
+    """A stream's batches without the rows whose image does not decode."""
 
     def __init__(self, column: str) -> None:
         self.column = column
 
-    def __call__(self, example: dict[str, Any], row: int) -> bool:
-        try:
-            decode_image(example[self.column])
-        except DatasetFileError as error:
-            warnings.warn(f"Left out image {row} of column {self.column!r}: {error}.", stacklevel=2)
-            return False
-        return True
+    def __call__(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        good = []
+        for place, (row, value) in enumerate(zip(rows, batch[self.column], strict=True)):
+            try:
+                decode_image(value)
+                good.append(place)
+            except DatasetFileError as error:
+                warnings.warn(f"Left out image {row} of column {self.column!r}: {error}.", stacklevel=2)
+        return {name: [values[place] for place in good] for name, values in batch.items()}

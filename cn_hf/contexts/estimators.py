@@ -1,9 +1,9 @@
 """Clustering and principal components over chunks of vectors: Gaussian mixtures by EM, k-means, PCA.
 
 The vectors may be uint8 pixels, read as ``x / 255`` a chunk at a time, so that a data set of images is never held as
-floats. Both clusterings start from k-means++ (Arthur and Vassilvitskii 2007) and settle on a sample of the vectors
-before they see all of them; their statistics are sums over chunks. Components that lose (nearly) all their vectors are
-set anew, without randomness: the largest component is split in two.
+floats. A clustering starts from the best of a few k-means on a small sample, each begun by k-means++ (Arthur and
+Vassilvitskii 2007), then settles on a larger sample and at last on all vectors. Statistics are sums over chunks.
+Components that lose (nearly) all their vectors are set anew, without randomness: the largest component is split in two.
 
 Shape legend: ``M`` vectors, ``F`` features, ``K`` components, ``D`` principal components.
 """
@@ -26,10 +26,20 @@ from cn_hf.norm.functional import (
     mixture_update,
 )
 
-__all__ = ["Clustering", "assign", "cluster", "expectation_maximisation", "lloyd", "principal_components", "project"]
+__all__ = [
+    "Clustering",
+    "Stopping",
+    "assign",
+    "cluster",
+    "expectation_maximisation",
+    "lloyd",
+    "principal_components",
+    "project",
+]
 
-_CHUNK_ELEMENTS = 2**20  # float32 chunks of 4 MiB stay in a CPU's cache between the passes over them
-_START_VECTORS = 4096
+_CHUNK_ELEMENTS = 2**21  # chunks of 8 MiB stay in a CPU's cache, and cost few thread barriers
+_START_VECTORS = 2048
+_STARTS = 4
 _SAMPLE_VECTORS = 8192
 _MAX_REVIVALS = 3  # per component
 
@@ -78,16 +88,30 @@ def assign(x: Tensor, clustering: Clustering) -> Tensor:
     return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.int64)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """When an iterative fit ends, and which components it sets anew.
+
+    Attributes:
+        max_iterations: at most this many passes over the vectors.
+        tol: see ``expectation_maximisation`` and ``lloyd``.
+        min_share: a component with less than this part of an equal share (``M / K``) of the vectors is set anew, at
+            most three times a component; 0 keeps all as they are.
+    """
+
+    max_iterations: int = 100
+    tol: float = 1e-3
+    min_share: float = 0.0
+
+
 def cluster(
     x: Tensor,
     num_components: int,
     *,
     method: str,
     seed: int = 0,
-    max_iterations: int = 100,
-    tol: float = 1e-3,
+    stopping: Stopping = Stopping(min_share=0.01),  # immutable
     reg_covar: float = 1e-3,
-    min_share: float = 0.01,
 ) -> Clustering:
     """Cluster vectors from scratch.
 
@@ -95,52 +119,46 @@ def cluster(
         x: ``(M, F)``, floating point or uint8.
         num_components: ``K``, at most ``M``.
         method: ``"gmm"`` or ``"kmeans"``.
-        seed: of the sample and of k-means++.
-        max_iterations: at most so many on the sample, and as many again on all vectors.
-        tol: see ``expectation_maximisation`` and ``lloyd``.
+        seed: of the samples and of k-means++.
+        stopping: applies at each stage.
         reg_covar: added to every variance (mixtures).
-        min_share: a component with less than this part of an equal share (``M / K``) of the vectors is set anew.
 
     Returns:
         The components, on the device of ``x``.
     """
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator).to(x.device)
     start = _as_float(x[order[:_START_VECTORS]], torch.float32)
-    mean = kmeans_plusplus(start, num_components, seed=seed)
-    spread = start.var(dim=0, correction=0)
-    prior = mean.new_full((num_components,), 1 / num_components)
-    var = (spread + reg_covar).expand_as(mean).clone()
-    shift = start.mean(dim=0)
-    stages = [x] if len(x) <= 2 * _SAMPLE_VECTORS else [x[order[:_SAMPLE_VECTORS].sort().values], x]
-    del start
-    for vectors in stages:
+    shift, spread = start.mean(dim=0), start.var(dim=0, correction=0)
+    seeds = torch.randint(2**31, (_STARTS,), generator=generator).tolist()
+    centers = (kmeans_plusplus(start, num_components, seed=each) for each in seeds)
+    starts = [lloyd(start, mean, shift=shift, spread=spread, stopping=stopping) for mean in centers]
+    fitted = min(starts, key=lambda clustering: clustering.objective)
+    if method == "gmm":
+        fitted = _hard_update(start, fitted, spread, reg_covar)
+    sample = x[order[:_SAMPLE_VECTORS].sort().values]
+    for vectors in (sample, x) if len(x) > len(sample) else (x,):
         if method == "kmeans":
-            fitted = lloyd(
-                vectors,
-                mean,
-                shift=shift,
-                spread=spread,
-                max_iterations=max_iterations,
-                tol=tol,
-                min_share=min_share,
-            )
-            mean = fitted.mean
-            continue
-        fitted = expectation_maximisation(
-            vectors,
-            mean,
-            var,
-            prior,
-            shift=shift,
-            max_iterations=max_iterations,
-            tol=tol,
-            reg_covar=reg_covar,
-            min_share=min_share,
-        )
-        assert fitted.var is not None
-        assert fitted.prior is not None
-        mean, var, prior = fitted.mean, fitted.var, fitted.prior
+            fitted = lloyd(vectors, fitted.mean, shift=shift, spread=spread, stopping=stopping)
+        else:
+            assert fitted.var is not None
+            assert fitted.prior is not None
+            theta = fitted.mean, fitted.var, fitted.prior
+            fitted = expectation_maximisation(vectors, *theta, shift=shift, stopping=stopping, reg_covar=reg_covar)
     return fitted
+
+
+def _hard_update(x: Tensor, clustering: Clustering, spread: Tensor, reg_covar: float) -> Clustering:
+    """A mixture's start from k-means: each centre's own vectors' mean, variance and part (``spread`` without any)."""
+    nearest = assign(x, clustering)
+    mean, var = clustering.mean.clone(), spread.expand_as(clustering.mean) + reg_covar
+    for component in range(len(mean)):
+        members = x[nearest == component]
+        if len(members):
+            mean[component] = members.mean(dim=0)
+            var[component] = members.var(dim=0, correction=0) + reg_covar
+    prior = torch.bincount(nearest, minlength=len(mean)).clamp_min(1).to(mean.dtype)
+    return dataclasses.replace(clustering, mean=mean, var=var, prior=prior / prior.sum())
 
 
 def expectation_maximisation(
@@ -150,10 +168,8 @@ def expectation_maximisation(
     prior: Tensor,
     *,
     shift: Tensor,
-    max_iterations: int = 100,
-    tol: float = 1e-3,
+    stopping: Stopping = Stopping(),  # immutable
     reg_covar: float = 1e-3,
-    min_share: float = 0.0,
 ) -> Clustering:
     """EM for diagonal Gaussians from a given start, as scikit-learn's ``GaussianMixture(covariance_type="diag")``.
 
@@ -163,17 +179,15 @@ def expectation_maximisation(
         var: ``(K, F)``.
         prior: ``(K,)``.
         shift: ``(F,)``, near the data's mean.
-        max_iterations: at most this many passes over ``x``.
-        tol: stop once the mean log-likelihood of a vector changes by less.
+        stopping: its ``tol`` is a change of the mean log-likelihood of a vector.
         reg_covar: added to every variance.
-        min_share: a component with less than this part of ``M / K`` vectors is set anew; 0 never does.
 
     Returns:
         The components after the last M-step.
     """
-    fewest, revivals = _fewest(x, mean, min_share), _MAX_REVIVALS * len(mean)
+    fewest, revivals = _fewest(x, mean, stopping.min_share), _MAX_REVIVALS * len(mean)
     previous, objective, passes = -math.inf, -math.inf, 0
-    for _ in _progress(max_iterations, "fitting the mixture"):
+    for _ in _progress(stopping.max_iterations, "fitting the mixture"):
         passes += 1
         stats = _mixture_statistics(x, mean, var, prior, shift)
         # In float64: the sums over many chunks lose digits in float32, and tol is small beside them.
@@ -185,7 +199,7 @@ def expectation_maximisation(
             revivals -= len(lost)
             mean, var, prior = _split_largest(mean, var, prior, lost)
             previous = -math.inf
-        elif abs(objective - previous) < tol:
+        elif abs(objective - previous) < stopping.tol:
             break
         else:
             previous = objective
@@ -230,9 +244,7 @@ def lloyd(
     *,
     shift: Tensor,
     spread: Tensor,
-    max_iterations: int = 100,
-    tol: float = 1e-3,
-    min_share: float = 0.0,
+    stopping: Stopping = Stopping(),  # immutable
 ) -> Clustering:
     """Lloyd's algorithm for k-means from given centres.
 
@@ -241,16 +253,14 @@ def lloyd(
         mean: centres ``(K, F)``.
         shift: ``(F,)``, near the data's mean.
         spread: variance of each feature ``(F,)``: the scale of ``tol``, and of splits.
-        max_iterations: at most this many passes over ``x``.
-        tol: stop once the squared shifts of all centres sum to at most ``tol`` times the mean variance.
-        min_share: as in ``expectation_maximisation``.
+        stopping: its ``tol`` is the sum of all centres' squared shifts, in units of the mean variance.
 
     Returns:
         The centres after the last update.
     """
-    fewest, revivals = _fewest(x, mean, min_share), _MAX_REVIVALS * len(mean)
+    fewest, revivals = _fewest(x, mean, stopping.min_share), _MAX_REVIVALS * len(mean)
     objective, passes = math.inf, 0
-    for _ in _progress(max_iterations, "fitting k-means"):
+    for _ in _progress(stopping.max_iterations, "fitting k-means"):
         passes += 1
         count, first, distance = _nearest_statistics(x, mean, shift)
         objective = float(distance / len(x))
@@ -260,7 +270,7 @@ def lloyd(
         if lost and revivals > 0:
             revivals -= len(lost)
             mean, _, _ = _split_largest(mean, spread.expand_as(mean), (count / count.sum()).to(mean.dtype), lost)
-        elif moved <= tol * float(spread.mean()):
+        elif moved <= stopping.tol * float(spread.mean()):
             break
     return Clustering(mean=mean, var=None, prior=None, objective=objective, num_iterations=passes)
 

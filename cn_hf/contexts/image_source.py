@@ -19,7 +19,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.access import Split
+from cn_hf.contexts.access import Split, warn_of_test_split
 from cn_hf.contexts.base import RowContextSource
 from cn_hf.contexts.images import (
     Array,
@@ -105,9 +105,10 @@ class ImageContextSource(RowContextSource):
         """
         self._check_fitted()
         if isinstance(images, Tensor):
-            [chunk] = self._given_chunks(images)
-            self._check_size(chunk)
-            return self._pixel_ids(chunk.pixels)
+            pixels = self._as_pixels(images)
+            if len(pixels):
+                self._check_size(0, *pixels.shape[2:])
+            return self._pixel_ids(pixels)
         arrays = images_to_arrays(images, self.image_mode, self.image_size)
         return torch.from_numpy(self._array_ids(arrays, range(len(arrays))))
 
@@ -124,6 +125,7 @@ class ImageContextSource(RowContextSource):
         return split, None
 
     def _fit_split(self, split: Split) -> None:
+        warn_of_test_split(split)
         split, rows = self._training_rows(split)
         self._fit_chunks(self._split_chunks(split, rows))
 
@@ -179,13 +181,14 @@ class ImageContextSource(RowContextSource):
     def _array_ids(self, arrays: Sequence[Array], rows: Sequence[int]) -> npt.NDArray[np.int64]:
         ids = np.empty(len(arrays), dtype=np.int64)
         place = {row: index for index, row in enumerate(rows)}
+        for row, array in zip(rows, arrays, strict=True):
+            self._check_size(row, *array.shape[:2])
         for chunk in self._by_size(arrays, rows):
-            self._check_size(chunk)
             ids[[place[row] for row in chunk.rows]] = self._pixel_ids(chunk.pixels).numpy()
         return ids
 
-    def _check_size(self, chunk: PixelChunk) -> None:
-        """Refuse images of a size the source cannot take, naming the first; the default takes any."""
+    def _check_size(self, row: int, height: int, width: int) -> None:
+        """Refuse an image of a size the source cannot take; the default takes any."""
 
     def _as_pixels(self, images: Tensor) -> Tensor:
         """A caller's tensor in the source's mode and size."""

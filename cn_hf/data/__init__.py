@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cn_hf.data.augment import Augmentation, AugmentationConfig, build_augmentation
     from cn_hf.data.batches import Batches, DeviceBatches, process_slice
-    from cn_hf.data.images import DecodedImages, decode_images
-    from cn_hf.data.loading import find_image_column, find_label_column, label_names, load_splits, take_shuffled
-    from cn_hf.data.prepare import PreparedData, prepare_data
+    from cn_hf.data.images import DecodedImages, decode_images, image_shape
+    from cn_hf.data.loading import (
+        find_image_column,
+        find_label_column,
+        label_names,
+        load_splits,
+        read_labels,
+        take_shuffled,
+    )
+    from cn_hf.data.prepare import PreparedData, prepare_data, read_context_ids
     from cn_hf.data.statistics import channel_statistics
     from cn_hf.data.streaming import StreamedBatches
 
@@ -30,19 +37,22 @@ __all__ = [
     "decode_images",
     "find_image_column",
     "find_label_column",
+    "image_shape",
     "label_names",
     "load_splits",
     "prepare_data",
     "process_slice",
+    "read_context_ids",
+    "read_labels",
     "take_shuffled",
 ]
 
 _MODULES = {
     "augment": ("Augmentation", "AugmentationConfig", "build_augmentation"),
     "batches": ("Batches", "DeviceBatches", "process_slice"),
-    "images": ("DecodedImages", "decode_images"),
-    "loading": ("find_image_column", "find_label_column", "label_names", "load_splits", "take_shuffled"),
-    "prepare": ("PreparedData", "prepare_data"),
+    "images": ("DecodedImages", "decode_images", "image_shape"),
+    "loading": ("find_image_column", "find_label_column", "label_names", "load_splits", "read_labels", "take_shuffled"),
+    "prepare": ("PreparedData", "prepare_data", "read_context_ids"),
     "statistics": ("channel_statistics",),
     "streaming": ("StreamedBatches",),
 }

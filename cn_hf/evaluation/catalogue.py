@@ -198,7 +198,7 @@ def leak_check(score: Scorer, baselines: Mapping[str, nn.Module], counts: Tensor
 
 
 def _baseline_rows(score: Scorer, name: str, network: nn.Module, counts: Tensor | None) -> tuple[Protocol, Protocol]:
-    suffix = f": {name}" if name else ""
+    suffix = f" ({name})" if name else ""
     plain = Protocol(
         name=f"{BASELINE}{suffix}",
         kind="baseline",

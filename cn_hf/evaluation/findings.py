@@ -36,7 +36,7 @@ def findings(
     if any(row.available and row.kind == "true contexts" for row in rows) or class_counts is not None:
         sentences.append(leak_finding(class_counts))
     depends = None if class_counts is None else context_depends_on_label(class_counts)
-    sentences += _masked_baseline_findings(rows, right, depends=depends)
+    sentences += _masked_baseline_findings(rows, right, k, depends=depends)
     return (*sentences, *_without_contexts_findings(rows, right, k))
 
 
@@ -58,11 +58,11 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     return difference, math.sqrt(max(discordant - difference**2, discordant / (count + 2)) / count)
 
 
-def compared(first: str, first_right: Tensor, second: str, second_right: Tensor) -> str:
+def compared(first: str, first_right: Tensor, second: str, second_right: Tensor, *, k: int = 1) -> str:
     """One sentence: whether the first protocol beats the second, by how much, and how sure that is."""
     difference, error = paired_difference(first_right, second_right)
     change = f"{100 * difference:+.2f} ± {100 * error:.2f} points"
-    numbers = f"({_percent(first_right)} against {_percent(second_right)}: {change})"
+    numbers = f"(top-{k} {_percent(first_right)} against {_percent(second_right)}: {change})"
     if abs(difference) <= 2 * error:
         return f"{first} cannot be told apart from {second} on {first_right.numel()} samples {numbers}."
     return f"{first} {'beats' if difference > 0 else 'does not beat'} {second} {numbers}."
@@ -91,7 +91,7 @@ def leak_finding(class_counts: Tensor | None) -> str:
 
 
 def _masked_baseline_findings(
-    rows: Sequence[ProtocolRow], right: Mapping[str, Tensor], *, depends: bool | None
+    rows: Sequence[ProtocolRow], right: Mapping[str, Tensor], k: int, *, depends: bool | None
 ) -> list[str]:
     """Whether CN with true contexts beats each masked baseline."""
     true = next((row.name for row in rows if row.kind == "true contexts" and row.available), None)
@@ -99,7 +99,7 @@ def _masked_baseline_findings(
         return []
     masked = [row for row in rows if row.kind == "leak check" and row.name.startswith("masked baseline")]
     sentences = [
-        compared("CN with true contexts", right[true], f"the {row.name}", right[row.name])
+        compared("CN with true contexts", right[true], f"the {row.name}", right[row.name], k=k)
         for row in masked
         if row.available
     ]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cn_hf.errors import ConfigError, InputTypeError
-from cn_hf.evaluation.files import write_whole
 from cn_hf.evaluation.report import ProtocolReport, RowKind
+from cn_hf.files import write_whole
 from cn_hf.norm import ContextNorm
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import torch
 
 from cn_hf.errors import ConfigError, InputTypeError
 from cn_hf.evaluation.environment import run_environment
-from cn_hf.evaluation.files import write_whole
 from cn_hf.evaluation.report import ProtocolReport, ProtocolRow, standard_error
+from cn_hf.files import write_whole
 
 __all__ = [
     "SMALL_SAMPLE",
