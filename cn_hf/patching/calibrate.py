@@ -41,10 +41,10 @@ class _Moments:
 
     def add(self, x: Tensor, ids: Tensor, feature_dim: int) -> None:
         """Take in ``x`` ``(N, ..., C)`` or ``(N, C, ...)`` with hard or soft ids."""
+        if x.numel() == 0:
+            return
         samples = x.movedim(feature_dim, -1)
         samples = samples.reshape(samples.shape[0], -1, samples.shape[-1]).double()
-        if samples.numel() == 0:
-            return
         ids = ids.expand(len(samples), *ids.shape[1:]).to(x.device)
 
         def total(values: Tensor) -> Tensor:
@@ -116,6 +116,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
     try:
         with torch.no_grad():
             seen = _observe(model, data, approximate)
+        if not seen:
+            raise PatchError("calibrate reached no slot: forward of this model calls none of its patched layers.")
+        if not any(bool(present.any()) for present in seen):
+            raise PatchError("calibrate received batches, but not one sample in them.")
     except BaseException:
         for name, value in _context_state(model).items():
             value.copy_(before[name])
@@ -124,8 +128,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
         router.observer = None
         for module, flag in training.items():
             module.training = flag
-    if not seen:
-        raise PatchError("calibrate reached no slot: forward of this model calls none of its patched layers.")
     _name_absent(router.config.context_names, torch.stack([present.cpu() for present in seen]).all(dim=0))
     return model
 

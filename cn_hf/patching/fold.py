@@ -129,15 +129,15 @@ class _Folder:
     def output(self, module: Any, scale: Tensor, offset: Tensor) -> None:
         """A patch embedding whose output is normalised: into its norm or its projection, or an affine map after it."""
         norm = getattr(module, "norm", None)
-        if norm is not None and qualified_name(type(norm)) in NORMS:
-            self.norm(norm, scale, offset, kept=True, eps=norm.eps)
+        if norm is not None and not isinstance(norm, nn.Identity):
+            if isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+                self._scale_after(norm, scale, offset)
+            else:
+                module.norm = nn.Sequential(norm, self._affine(scale, offset))
             return
         projection: Any = getattr(module, "proj", None) or getattr(module, "projection", None)
         if type(projection) in (nn.Conv2d, nn.Linear):
-            weight = projection.weight.double()
-            bias = 0.0 if projection.bias is None else projection.bias.double()
-            self._set(projection, "bias", bias * scale + offset)
-            self._set(projection, "weight", weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+            self._scale_after(projection, scale, offset)
             return
         self._replace(module, nn.Sequential(module, self._affine(scale, offset)))
 
@@ -153,14 +153,21 @@ class _Folder:
         trained = old is None or old.requires_grad
         module.register_parameter(name, nn.Parameter(value.to(like), requires_grad=trained))
 
+    def _scale_after(self, module: Any, scale: Tensor, offset: Tensor) -> None:
+        """Scale and shift the output features of a layer that ends in ``weight`` and ``bias``."""
+        weight = torch.ones_like(scale) if module.weight is None else module.weight.double()
+        bias = 0.0 if module.bias is None else module.bias.double()
+        self._set(module, "bias", bias * scale + offset)
+        self._set(module, "weight", weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+
     def _set_linear(self, module: Any, weight: Tensor, shift: Tensor) -> None:
         self._set(module, "bias", shift if module.bias is None else module.bias.double() + shift)
         self._set(module, "weight", weight)
 
     def _batch_norm(self, dims: int, scale: Tensor, offset: Tensor) -> nn.Module:
-        norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](len(scale))
+        kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims]
+        norm = kind(len(scale), device=self.like.device, dtype=self.like.dtype)
         cast(Tensor, norm.running_var).fill_(1 - norm.eps)
-        norm.to(self.like)
         self._set(norm, "weight", scale)
         self._set(norm, "bias", offset)
         return norm.eval()
