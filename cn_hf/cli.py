@@ -37,17 +37,18 @@ def main() -> None:
 def run_app(application: typer.Typer) -> None:
     """Run a command line. A ``CnHfError`` becomes one message on stderr and exit code 1, without a traceback.
 
-    Where several processes run the same command and all fail alike, the main one alone speaks: the others give it a
-    moment to end the run, and speak only if it does not.
+    Where several processes run the same command and the main one fails, it alone speaks: the others, which fail alike
+    or for want of it, give the launcher a moment to end them, and speak only if it does not.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         application()
-    except CnHfError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        where = ""
+    except Exception as error:
         if rank != 0:
             time.sleep(_OTHER_PROCESS_PATIENCE)
-            where = f" [process {rank}]"
+        if not isinstance(error, CnHfError):
+            raise
+        where = f" [process {rank}]" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Tests run in parallel processes, and start more: threads that wait for each other's cores would slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -375,6 +375,24 @@ def test_bad_batches_leave_the_model_as_it_was(make_batches: Any, error: Any) ->
     assert torch.equal(model(images(), context_ids=1), output)
 
 
+@pytest.mark.parametrize("sizes", [[24], [10, 14]])
+def test_a_failure_after_some_layers_were_set_undoes_them(sizes: list[int]) -> None:
+    model = cn_hf.patch_model(small_convnet(), "cn-channels")
+    x, ids = data(3)
+    before = tensors_of(model)
+
+    def stop(*_: Any) -> None:
+        raise Boom
+
+    handle = model.gn.register_forward_pre_hook(stop)
+    with pytest.raises(Boom):
+        cn_hf.calibrate(model, split(x, ids, sizes))
+    handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    cn_hf.calibrate(model, split(x, ids, sizes))
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_models_that_cannot_be_calibrated() -> None:
     batch = [data(3)]
     with pytest.raises(PatchError, match="not a patched model"):

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ from cn_hf.contexts import (
     OriginContexts,
     RuleContexts,
 )
-from cn_hf.contexts.storage import CONFIG_FILE, TENSORS_FILE
+from cn_hf.contexts.storage import CONFIG_FILE
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, InputTypeError
 
 SPECIES = ("ant", "bee", "cat")
@@ -315,36 +316,69 @@ def test_files_that_cannot_be_read_are_one_clear_error_each(tmp_path):
     assert ContextSource.load(tmp_path).threshold == 10.0
 
 
-def test_tensors_of_another_save_truncated_or_missing_are_errors(tmp_path):
-    pixels = torch.randint(0, 256, (12, 3, 4, 4), dtype=torch.uint8)
-    ClusterContexts(2).fit_images(pixels).save(tmp_path)
-    tensors = tmp_path / TENSORS_FILE
-    whole = tensors.read_bytes()
+def saved_clusters(folder, contexts=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (12, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    ClusterContexts(contexts).fit_images(pixels).save(folder)
+    [tensors] = folder.glob("*.safetensors")
+    return tensors
+
+
+def test_tensors_that_are_truncated_changed_missing_or_unfitting_are_errors(tmp_path):
+    tensors = saved_clusters(tmp_path)
+    whole, config = tensors.read_bytes(), tmp_path / CONFIG_FILE
     tensors.write_bytes(whole[:-4])
-    with pytest.raises(CheckpointError, match="truncated, or of another save"):
+    with pytest.raises(CheckpointError, match="truncated or changed"):
         ContextSource.load(tmp_path)
     save_file({"mean": torch.zeros(2, 48)}, tensors)
-    with pytest.raises(CheckpointError, match="truncated, or of another save"):
+    with pytest.raises(CheckpointError, match="truncated or changed"):
         ContextSource.load(tmp_path)
     tensors.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         ContextSource.load(tmp_path)
     tensors.write_bytes(whole)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    config["shape"] = [3, 5, 5]
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="their options call for"):
-        ContextSource.load(tmp_path)
+    content = json.loads(config.read_text())
+    for change, message in [
+        ({"shape": [3, 5, 5]}, "their options call for"),
+        ({"tensors_sha256": "../../" + "0" * 58}, "checksum of its tensors"),
+        ({"tensors_sha256": None}, "does not describe a ClusterContexts"),
+    ]:
+        config.write_text(json.dumps({**content, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            ContextSource.load(tmp_path)
+    config.write_text(json.dumps(content))
+    assert ContextSource.load(tmp_path).fitted
 
 
 def test_saving_over_an_older_source_leaves_nothing_behind(tmp_path):
-    pixels = torch.randint(0, 256, (12, 3, 4, 4), dtype=torch.uint8)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    ClusterContexts(2).fit_images(pixels).save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", CONFIG_FILE, TENSORS_FILE}
+    (tmp_path / "sub").mkdir()
+    first = saved_clusters(tmp_path / "sub").name
+    second = saved_clusters(tmp_path / "sub", contexts=3).name
+    assert first != second
+    assert {path.name for path in (tmp_path / "sub").iterdir()} == {CONFIG_FILE, second}
+    BrightnessContexts(threshold=3).save(tmp_path / "sub")
+    assert {path.name for path in (tmp_path / "sub").iterdir()} == {CONFIG_FILE}
     BrightnessContexts(threshold=3).save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", CONFIG_FILE}
-    assert isinstance(ContextSource.load(tmp_path), BrightnessContexts)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_save_killed_at_any_moment_leaves_one_whole_source(tmp_path):
+    code = (
+        "import sys, torch; from cn_hf.contexts import ClusterContexts\n"
+        "pixels = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)\n"
+        "sources = [ClusterContexts(contexts).fit_images(pixels) for contexts in (2, 3)]\n"
+        "print('saving', flush=True)\n"
+        "while True:\n"
+        "    for source in sources: source.save(sys.argv[1])"
+    )
+    for pause in (0.01, 0.05, 0.083):
+        with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(pause)
+            process.kill()
+        loaded = ContextSource.load(tmp_path)
+        assert len(loaded.clusters.clustering.mean) == loaded.num_contexts
 
 
 def test_a_save_that_fails_half_way_keeps_the_old_files(tmp_path):

@@ -362,6 +362,26 @@ def test_an_attribute_that_a_slot_needs_is_not_overwritten(attribute: str) -> No
         assert anatomy(model) == parts
 
 
+def test_a_failure_half_way_undoes_the_first_half() -> None:
+    class Stubborn(nn.Conv2d):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "router":
+                raise RuntimeError("no routers here")
+            super().__setattr__(name, value)
+
+    model, x = vit(), images()
+    projection = Stubborn(3, 24, 4, stride=4)
+    projection.load_state_dict(model.patch_embed.proj.state_dict())
+    model.patch_embed.proj = projection
+    before, parts, state = model(x), anatomy(model), tensors_of(model)
+    with pytest.raises(RuntimeError, match="no routers here"):
+        cn_hf.patch_model(model, "cn", where="paper")  # patch_embed first, then its projection
+    assert anatomy(model) == parts
+    assert model.state_dict().keys() == state.keys()
+    assert torch.equal(model(x), before)
+    assert difference(cn_hf.patch_model(model, "cn")(x, context_ids=1), before) <= 1e-5
+
+
 @pytest.mark.parametrize("owner", ["root", "norm"])
 def test_a_forward_replaced_on_the_object_is_not_bypassed(owner: str) -> None:
     # accelerate's hooks and mixed precision set `forward` on the object, which hides the one of its class.
@@ -764,9 +784,7 @@ def test_patched_on_the_meta_device_then_filled(
 ) -> None:
     plain = make().eval()
     x = torch.randn(2, 4, 5) if isinstance(plain, SmallTokenNet) else images()
-    with torch.device("meta"):
-        model = make().eval()
-    model.to("meta")
+    model = make().eval().to("meta")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cn_hf.patch_model(model, **options, parametrization=parametrization)
@@ -792,9 +810,7 @@ def test_patched_on_the_meta_device_then_filled(
 
 def test_a_meta_model_filled_by_a_patched_checkpoint() -> None:
     source, x = tell_apart(cn_hf.patch_model(vit())), images()
-    with torch.device("meta"):
-        model = cn_hf.patch_model(vit())
-    model.to("meta")
+    model = cn_hf.patch_model(vit().to("meta"))
     model.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(model.eval()(x, context_ids=2), source(x, context_ids=2))
 

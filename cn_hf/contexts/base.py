@@ -144,7 +144,7 @@ class ContextSource(ABC):
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``context_source.json`` and ``context_source.safetensors`` into ``folder``, each whole or not at all.
+        """Write the source into ``folder``, whole or not at all: JSON and safetensors, see ``storage``.
 
         Raises:
             ContextSourceError: the source is not fitted.

@@ -26,26 +26,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cn_hf.contexts.access import (
-    Split,
-    features_of,
-    raw_batches,
-)
+from cn_hf.contexts.access import Split, features_of, raw_batches
 from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, DatasetFileError, InputTypeError, nearest
 
 __all__ = [
+    "DECODE_ERRORS",
     "DecodedBatch",
     "ImageBatch",
     "check_image_options",
     "decode_image",
+    "decode_rows",
     "find_image_column",
     "images_to_arrays",
     "iter_decoded",
     "iter_images",
     "open_image",
+    "size_mismatch",
     "stack_arrays",
     "to_array",
     "to_image",
+    "unreadable",
 ]
 
 Array = npt.NDArray[np.uint8]
@@ -178,6 +178,7 @@ def open_image(value: object, row: int, column: str, mode: str | None) -> PIL.Im
 
 
 def unreadable(row: int, column: str, reason: str) -> DatasetFileError:
+    """The error for an image that cannot be decoded."""
     return DatasetFileError(
         f"Image {row} of column {column!r} cannot be read ({reason}). Repair it, or leave such rows out: "
         "cn_hf.contexts.drop_corrupt_images(dataset)."

@@ -1,7 +1,8 @@
-"""Files of a saved context source: ``context_source.json`` and, where it has tensors, ``context_source.safetensors``.
+"""Files of a saved context source: ``context_source.json`` and, where it has tensors, ``context_source-….safetensors``.
 
-Each file is written whole under a temporary name and then renamed. The JSON is written last and holds the checksum of
-the tensors, so that a pair left by an interrupted save is recognised. Nothing in them is executed when read.
+Each file is written whole under a temporary name and then renamed. The tensors' file bears their checksum in its name
+and the JSON, written last, says which: a save killed at any moment leaves the old source or the new one, no mixture.
+Nothing in them is executed when read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,9 @@ from torch import Tensor
 
 from cn_hf.errors import CheckpointError
 
-__all__ = ["CONFIG_FILE", "TENSORS_FILE", "read_source", "write_source"]
+__all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
 CONFIG_FILE = "context_source.json"
-TENSORS_FILE = "context_source.safetensors"
 FORMAT = 1  # raised when a release can no longer be read by the ones before
 
 
@@ -44,12 +45,18 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
         if tensors:
             data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
             content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-            _write(path / TENSORS_FILE, data)
+            _write(path / _tensors_file(content["tensors_sha256"]), data)
         _write(path / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-        if not tensors:
-            (path / TENSORS_FILE).unlink(missing_ok=True)
+        kept = _tensors_file(content["tensors_sha256"]) if tensors else None
+        for old in path.glob(_tensors_file("*")):
+            if old.name != kept:
+                old.unlink()
     except OSError as error:
         raise CheckpointError(f"Cannot write the context source to {path}: {error}") from error
+
+
+def _tensors_file(checksum: str) -> str:
+    return f"context_source-{checksum[:16]}.safetensors"
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -87,16 +94,20 @@ def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     if config["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {config['format']}, this version reads up to {FORMAT}: update cn_hf.")
     checksum = config.pop("tensors_sha256", None)
-    return config, {} if checksum is None else _read_tensors(path.with_name(TENSORS_FILE), checksum)
+    if checksum is None:
+        return config, {}
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise CheckpointError(f"{path} has {checksum!r} for the checksum of its tensors. Save the source again.")
+    return config, _read_tensors(path.with_name(_tensors_file(checksum)), checksum)
 
 
-def _read_tensors(path: Path, checksum: object) -> dict[str, Tensor]:
+def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}, which {CONFIG_FILE} goes with, cannot be read: {error}") from error
     if hashlib.sha256(data).hexdigest() != checksum:
-        raise CheckpointError(f"{path} is truncated, or of another save than {CONFIG_FILE}. Save the source again.")
+        raise CheckpointError(f"{path} is truncated or changed. Save the source again.")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:

@@ -24,19 +24,19 @@ from cn_hf.files import write_whole
 __all__ = ["DOMAINS", "IMAGE_SIZE", "SPLITS", "digits_in_two_domains", "write_sample_sheet"]
 
 DOMAINS = ("plain", "photo")
-IMAGE_SIZE = 32
+IMAGE_SIZE = 24
 # Consecutive digits of the collection, so that few writers of the test split are also in the others.
 SPLITS = {"train": range(0, 1100), "validation": range(1100, 1300), "test": range(1300, 1797)}
 
 Pixels = npt.NDArray[np.uint8]
-_CROP = 64  # pixels of photograph behind one digit, halved to IMAGE_SIZE
+_CROP = 48  # pixels of photograph behind one digit, halved to IMAGE_SIZE
 _TILE_ROWS, _TILE_COLUMNS = 4, 6
 # The split each tile belongs to, by (row + 2 * column) % 6: every part of a photograph lends tiles to every split.
 _TILE_SPLITS = ("train", "train", "train", "train", "validation", "test")
 
 
 def digits_in_two_domains(seed: int = 0) -> DatasetDict:
-    """Splits ``train``, ``validation`` and ``test``; columns ``image`` (32x32 RGB), ``label`` (0-9) and ``domain``.
+    """Splits ``train``, ``validation`` and ``test``; columns ``image`` (24x24 RGB), ``label`` (0-9) and ``domain``.
 
     Every digit appears once in each domain, both times in the same split. The split is fixed; ``seed`` picks the
     backgrounds within it.
@@ -74,7 +74,7 @@ def tile_corners(split: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, i
     return corners
 
 
-def write_sample_sheet(dataset: Dataset, path: Path, *, columns: int = 16, zoom: int = 2) -> None:
+def write_sample_sheet(dataset: Dataset, path: Path, *, columns: int = 16, zoom: int = 3) -> None:
     """A PNG of the first digits of a split: one row of ``plain`` above one of ``photo``, twice."""
     wanted = 2 * columns
     by_domain: list[list[Pixels]] = [[] for _ in DOMAINS]
@@ -94,7 +94,7 @@ def write_sample_sheet(dataset: Dataset, path: Path, *, columns: int = 16, zoom:
 
 
 def _enlarged_stroke(digit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The 8x8 digit (values 0 to 16) at 32x32, as stroke strength in [0, 1], shape (32, 32, 1)."""
+    """The 8x8 digit (values 0 to 16) at 24x24, as stroke strength in [0, 1], shape (24, 24, 1)."""
     gray = PILImage.fromarray(np.round(digit * (255.0 / 16.0)).astype(np.uint8))
     enlarged = gray.resize((IMAGE_SIZE, IMAGE_SIZE), PILImage.Resampling.BICUBIC)
     return np.asarray(enlarged, dtype=np.float64)[..., None] / 255.0
@@ -103,7 +103,7 @@ def _enlarged_stroke(digit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _background(
     photographs: list[Pixels], corners: list[tuple[int, int, int, int, int]], generator: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """A random square of one of the split's tiles, at 32x32, shape (32, 32, 3) in [0, 255]."""
+    """A random square of one of the split's tiles, at 24x24, shape (24, 24, 3) in [0, 255]."""
     photograph, top, left, height, width = corners[generator.integers(len(corners))]
     y = top + int(generator.integers(height - _CROP + 1))
     x = left + int(generator.integers(width - _CROP + 1))

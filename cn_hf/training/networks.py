@@ -83,6 +83,8 @@ def check_network_name(name: str) -> None:
         ConfigError: Neither timm nor transformers knows it.
     """
     if _timm_name(name) is None:
+        if "/" not in name and not Path(name).is_dir():
+            raise ConfigError(_cannot_build(name, False, {}, ValueError("it is neither a folder nor an id owner/name")))
         try:
             transformers.AutoConfig.from_pretrained(name)
         except _FACTORY_ERRORS as error:
@@ -223,6 +225,6 @@ def _cannot_build(name: str, is_timm: bool, given: dict[str, Any], error: BaseEx
     hint = f" Near names: {', '.join(map(repr, near))}." if near else ""
     reason = " ".join(str(error).split())
     return (
-        f"cannot make the network {name!r}: timm has no architecture of this name, and transformers says: "
+        f"cannot make the network {name!r}: timm has no architecture of this name, and for transformers: "
         f"{reason[:300]}{hint} timm.list_models() lists all."
     )

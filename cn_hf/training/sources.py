@@ -11,10 +11,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -61,32 +64,8 @@ def load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
     """
     if not config.dataset:
         raise ConfigError("no dataset given; name a load_dataset id or a folder (--dataset)")
-    augmentation = build_augmentation(config.augment, image_size=config.image_size, **config.augment_options)
-    source = context_source(config)
-    with accelerator.main_process_first():  # the others then find what the first has put into the cache
-        splits, origins = _load_splits(config)
-    mean, std = (config.mean or None), (config.std or None)
-    if mean is None and config.pretrained and (published := published_normalization(config.model)) is not None:
-        mean, std = published
-    prepared = prepare_data(
-        splits,
-        context_source=source,
-        image_column=_own_column(config, config.image_column),
-        label_column=_own_column(config, config.label_column),
-        image_size=_decode_size(config, splits),
-        augment=augmentation,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        seed=config.seed,
-        mean=mean,
-        std=std,
-        device=accelerator.device,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        on_error="skip" if config.skip_corrupt else "raise",
-        progress=config.progress and accelerator.is_main_process,
-    )
-    return prepared if source is not None else dataclasses.replace(prepared, context_source=origins)
+    with _datasets_bars(config.progress and accelerator.is_main_process):
+        return _load_data(config, accelerator)
 
 
 def class_counts(batches: Batches, num_classes: int, num_contexts: int, config: TrainingConfig) -> Tensor | None:
@@ -139,6 +118,46 @@ def context_kind(config: TrainingConfig) -> tuple[str, list[str]]:
     if kind == "origin" and len(config.dataset) < 2:
         raise ConfigError("contexts 'origin' are those of several datasets; give --dataset more than once")
     return kind, arguments
+
+
+def _load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
+    augmentation = build_augmentation(config.augment, image_size=config.image_size, **config.augment_options)
+    source = context_source(config)
+    with accelerator.main_process_first():  # the others then find what the first has put into the cache
+        splits, origins = _load_splits(config)
+    mean, std = (config.mean or None), (config.std or None)
+    if mean is None and config.pretrained and (published := published_normalization(config.model)) is not None:
+        mean, std = published
+    prepared = prepare_data(
+        splits,
+        context_source=source,
+        image_column=_own_column(config, config.image_column),
+        label_column=_own_column(config, config.label_column),
+        image_size=_decode_size(config, splits),
+        augment=augmentation,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        seed=config.seed,
+        mean=mean,
+        std=std,
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        on_error="skip" if config.skip_corrupt else "raise",
+        progress=config.progress and accelerator.is_main_process,
+    )
+    return prepared if source is not None else dataclasses.replace(prepared, context_source=origins)
+
+
+@contextlib.contextmanager
+def _datasets_bars(shown: bool) -> Iterator[None]:
+    """The datasets library's own progress bars, on or off."""
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
 def _load_splits(config: TrainingConfig) -> tuple[Any, OriginContexts | None]:
