@@ -16,6 +16,7 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 
 from cn_hf.contexts import ClusterContexts, ContextSource
+from cn_hf.contexts.chunks import map_chunks, sum_chunks
 from cn_hf.contexts.estimators import (
     Clustering,
     Stopping,
@@ -97,11 +98,32 @@ def test_em_over_uint8_chunks_is_em_over_floats(monkeypatch):
     floats = x.double() / 255
     start = floats[:3], floats.var(dim=0, correction=0).expand(3, -1) + 1e-3, torch.full((3,), 1 / 3).double()
     whole = expectation_maximisation(floats, *start, shift=floats.mean(dim=0))
-    monkeypatch.setattr("cn_hf.contexts.estimators._CHUNK_ELEMENTS", 11 * x.shape[1])
+    monkeypatch.setattr("cn_hf.contexts.chunks._CHUNK_ELEMENTS", 11 * x.shape[1])
     chunked = expectation_maximisation(x, *start, shift=floats.mean(dim=0))
     torch.testing.assert_close(chunked.mean, whole.mean)
     torch.testing.assert_close(chunked.var, whole.var)
     assert torch.equal(assign(x, chunked), assign(floats, whole))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 23])
+def test_chunks_are_walked_whole_whatever_the_threads(monkeypatch, count):
+    monkeypatch.setattr("cn_hf.contexts.chunks._CHUNK_ELEMENTS", 6)
+    x = torch.randint(0, 256, (count, 3), dtype=torch.uint8)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mapped = map_chunks(x, torch.float64, lambda chunk: chunk * 255)
+            assert torch.equal(torch.cat([torch.empty(0, 3).double(), *mapped]), x.double())
+            if count:
+                sums = sum_chunks(x, torch.float32, lambda chunk: (chunk.sum(dim=0), chunk.new_tensor(len(chunk))))
+                torch.testing.assert_close(sums[0], x.double().sum(dim=0) / 255, rtol=1e-6, atol=0)
+                assert sums[1] == count
+            with pytest.raises(ZeroDivisionError):
+                map_chunks(torch.zeros(9, 3), torch.float32, lambda chunk: 1 / 0)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("components", [1, 4])

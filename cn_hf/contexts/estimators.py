@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cn_hf.contexts.chunks import as_float, map_chunks, sum_chunks
 from cn_hf.norm.functional import (
     MixtureStatistics,
     gaussian_log_density,
@@ -37,7 +38,6 @@ __all__ = [
     "project",
 ]
 
-_CHUNK_ELEMENTS = 2**21  # chunks of 8 MiB stay in a CPU's cache, and cost few thread barriers
 _START_VECTORS = 2048
 _STARTS = 4
 _SAMPLE_VECTORS = 8192
@@ -59,16 +59,6 @@ class Clustering:
     num_iterations: int
 
 
-def _as_float(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
-
-
-def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    size = max(1, _CHUNK_ELEMENTS // max(1, x.shape[1]))
-    for start in range(0, len(x), size):
-        yield _as_float(x[start : start + size], dtype)
-
-
 def assign(x: Tensor, clustering: Clustering) -> Tensor:
     """The component each vector belongs to: the likeliest, or for k-means the nearest.
 
@@ -84,7 +74,7 @@ def assign(x: Tensor, clustering: Clustering) -> Tensor:
     mean = clustering.mean.to(x.device, torch.float64)
     var = torch.ones_like(mean) if clustering.var is None else clustering.var.to(mean)
     bias = mean.new_zeros(()) if clustering.prior is None else clustering.prior.to(mean).log()
-    parts = [(gaussian_log_density(chunk, mean, var) + bias).argmax(dim=1) for chunk in _chunks(x, torch.float64)]
+    parts = map_chunks(x, torch.float64, lambda chunk: (gaussian_log_density(chunk, mean, var) + bias).argmax(dim=1))
     return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.int64)
 
 
@@ -128,7 +118,7 @@ def cluster(
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator).to(x.device)
-    start = _as_float(x[order[:_START_VECTORS]], torch.float32)
+    start = as_float(x[order[:_START_VECTORS]], torch.float32)
     shift, spread = start.mean(dim=0), start.var(dim=0, correction=0)
     seeds = torch.randint(2**31, (_STARTS,), generator=generator).tolist()
     centers = (kmeans_plusplus(start, num_components, seed=each) for each in seeds)
@@ -190,7 +180,6 @@ def expectation_maximisation(
     for _ in _progress(stopping.max_iterations, "fitting the mixture"):
         passes += 1
         stats = _mixture_statistics(x, mean, var, prior, shift)
-        # In float64: the sums over many chunks lose digits in float32, and tol is small beside them.
         updated = mixture_update(stats, shift=shift.double(), reg_covar=reg_covar)
         mean, var, prior = (part.to(mean.dtype) for part in updated)
         objective = float(stats.log_likelihood / stats.num_vectors)
@@ -215,13 +204,8 @@ def _fewest(x: Tensor, mean: Tensor, min_share: float) -> float:
 
 
 def _mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, shift: Tensor) -> MixtureStatistics:
-    total: MixtureStatistics | None = None
-    for chunk in _chunks(x, mean.dtype):
-        part = mixture_statistics(chunk, mean, var, prior, shift=shift)
-        part = MixtureStatistics(*(value.double() for value in part))
-        total = part if total is None else total.plus(part)
-    assert total is not None  # callers see to it that there are vectors
-    return total
+    sums = sum_chunks(x, mean.dtype, lambda chunk: mixture_statistics(chunk, mean, var, prior, shift=shift))
+    return MixtureStatistics(*sums)
 
 
 def _split_largest(mean: Tensor, var: Tensor, prior: Tensor, lost: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,17 +261,17 @@ def lloyd(
 
 def _nearest_statistics(x: Tensor, mean: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the vectors nearest to each centre: count ``(K,)``, sum about ``shift`` ``(K, F)``; all squared distances."""
-    count, first = mean.new_zeros(len(mean), dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
-    distance = mean.new_zeros((), dtype=torch.float64)
     centered = mean - shift
-    for chunk in _chunks(x, mean.dtype):
+
+    def statistics(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chunk = chunk - shift
         score = chunk @ centered.T - centered.square().sum(dim=1) / 2
         best, nearest = score.max(dim=1)
         weight = torch.nn.functional.one_hot(nearest, len(mean)).to(chunk.dtype)
-        count += weight.sum(dim=0)
-        first += weight.T @ chunk
-        distance += (chunk.square().sum(dim=1) - 2 * best).clamp_min(0).sum()
+        distance = (chunk.square().sum(dim=1) - 2 * best).clamp_min(0).sum()
+        return weight.sum(dim=0), weight.T @ chunk, distance
+
+    count, first, distance = sum_chunks(x, mean.dtype, statistics)
     return count, first, distance
 
 
@@ -306,8 +290,8 @@ def principal_components(
         mean ``(F,)`` and orthonormal components ``(D, F)``, strongest first; float32.
     """
     features = x.shape[1]
-    mean = torch.stack([chunk.sum(dim=0, dtype=torch.float64) for chunk in _chunks(x, torch.float32)]).sum(dim=0)
-    mean = (mean / len(x)).float()
+    [total] = sum_chunks(x, torch.float32, lambda chunk: [chunk.sum(dim=0, dtype=torch.float64)])
+    mean = (total / len(x)).float()
     width = min(features, num_components + 10)  # oversampling, as the paper advises
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(features, width, generator=generator).to(x.device)).Q
@@ -319,11 +303,12 @@ def principal_components(
 
 
 def _covariance_times(x: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    product = torch.zeros_like(basis)
-    for chunk in _chunks(x, torch.float32):
+    def product(chunk: Tensor) -> list[Tensor]:
         chunk = chunk - mean
-        product += chunk.T @ (chunk @ basis)
-    return product / len(x)
+        return [chunk.T @ (chunk @ basis)]
+
+    [total] = sum_chunks(x, torch.float32, product)
+    return (total / len(x)).float()
 
 
 def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
@@ -338,5 +323,5 @@ def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
         float64 ``(M, D)``, on the device of ``x``.
     """
     mean, components = mean.to(x.device, torch.float64), components.to(x.device, torch.float64)
-    parts = [(chunk - mean) @ components.T for chunk in _chunks(x, torch.float64)]
+    parts = map_chunks(x, torch.float64, lambda chunk: (chunk - mean) @ components.T)
     return torch.cat(parts) if parts else components.new_empty(0, len(components))
