@@ -247,6 +247,14 @@ def test_pixels_that_never_change_do_no_harm():
     assert torch.equal(source.predict(stray), source.predict(pixels))
 
 
+def test_a_fit_beyond_floating_point_is_an_error():
+    pixels, _ = groups([40, 40])
+    pixels[:, :, :3] = 0
+    pixels[0, 0, 0, 0] = 255
+    with pytest.raises(ContextSourceError, match="raise reg_covar"):
+        ClusterContexts(2, reg_covar=1e-40).fit_images(pixels)
+
+
 @pytest.mark.parametrize("method", ["gmm", "kmeans"])
 def test_fewer_images_or_groups_than_contexts_is_an_error(method):
     with pytest.raises(ContextSourceError, match="2 training images cannot form 3 contexts"):
@@ -444,6 +452,7 @@ def test_saved_embeddings_need_the_same_model_again(tmp_path):
         ({"tol": -1}, "tol is -1"),
         ({"tol": float("nan")}, "tol is nan"),
         ({"reg_covar": "x"}, "reg_covar is 'x'"),
+        ({"reg_covar": 0}, "reg_covar is 0"),
         ({"min_share": 1}, "min_share is 1"),
         ({"fit_samples": 0}, "fit_samples is 0"),
         ({"pca_components": -2}, "pca_components is -2"),

@@ -19,6 +19,7 @@ from PIL import Image
 
 import cn_hf
 import cn_hf.models
+from cn_hf.errors import ConfigError
 from cn_hf.training.classifier import train_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import create_network
@@ -248,6 +249,13 @@ def test_networks_without_contexts(parquet: Path, tmp_path: Path, mode: str) -> 
     )
     images = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(loaded.eval()(images), run.model.eval()(images), rtol=0, atol=0)
+    if mode == "none":  # another number of classes: all but the classifier is kept
+        other = create_network(str(tmp_path / "checkpoint"), num_classes=7, input_size=(3, 16, 16), pretrained=True)
+        assert torch.equal(other.conv1.weight, run.model.conv1.weight)
+        assert other(images).shape == (4, 7)
+        (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"cut")
+        with pytest.raises(ConfigError, match="cannot make"):
+            create_network(str(tmp_path / "checkpoint"), num_classes=3, input_size=(3, 16, 16), pretrained=True)
 
 
 def test_datasets_are_blended(parquet: Path, imagefolder: Path, tmp_path: Path) -> None:
@@ -318,6 +326,7 @@ def with_corrupt_image(tmp_path: Path) -> Path:
         ({"augment": "flop"}, "did you mean 'flip'"),
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"optimizer-args": "beta=1"}, "did you mean 'betas'"),
+        ({"batch-size": 1000, "drop-last": True}, "no batch"),
         ({"image-size": 0}, "image_size must be at least 1"),
         ({"learning-rate": "1e9", "optimizer": "sgd"}, "at step"),
     ],

@@ -10,6 +10,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` ``W`` pixels, ``F = C*H*W`` pi
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,10 @@ class ClusterOptions:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < below:
                 raise ConfigError(f"{name} is {value!r}; expected a number of at least 0 and below {below}.")
+        if self.reg_covar == 0:
+            raise ConfigError(
+                "reg_covar is 0; expected more: features that never change have no variance."
+            )
         for name in ("mean", "std"):
             value = getattr(self, name)
             numbers = (value,) if isinstance(value, int | float) else tuple(value)
@@ -223,6 +228,8 @@ class ClusterContexts(ImageContextSource):
             stopping=Stopping(max_iterations=options.max_iterations, tol=options.tol, min_share=options.min_share),
             reg_covar=options.reg_covar,
         )
+        if not math.isfinite(clustering.objective):
+            raise ContextSourceError(f"The fit has left the range of float32; raise reg_covar ({options.reg_covar}).")
         sizes = torch.bincount(assign(vectors, clustering), minlength=options.num_contexts).tolist()
         self._check_sizes(sizes)
         self._fit = FittedClusters(

@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _START_VECTORS = 2048
+_START_ELEMENTS = 2**26  # 256 MiB in float32, which bounds the sample where images are large
 _STARTS = 4
 _SAMPLE_VECTORS = 8192
 _MAX_REVIVALS = 3  # per component
@@ -118,7 +119,8 @@ def cluster(
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator).to(x.device)
-    start = as_float(x[order[:_START_VECTORS]], torch.float32)
+    size = min(_START_VECTORS, max(10 * num_components, _START_ELEMENTS // x.shape[1]))
+    start = as_float(x[order[:size]], torch.float32)
     shift, spread = start.mean(dim=0), start.var(dim=0, correction=0)
     seeds = torch.randint(2**31, (_STARTS,), generator=generator).tolist()
     centers = (kmeans_plusplus(start, num_components, seed=each) for each in seeds)

@@ -15,7 +15,7 @@ from torch import nn
 
 import cn_hf
 from cn_hf.data import Batches, PreparedData
-from cn_hf.errors import ConfigError
+from cn_hf.errors import ConfigError, TrainingError
 from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
@@ -52,6 +52,10 @@ def train_classifier(config: TrainingConfig) -> ClassifierRun:
     check_network_name(config.model)
     data = load_data(config, accelerator)
     accelerator.print(data_in_words(data))
+    if data.train is None or len(data.train) == 0:
+        raise TrainingError(
+            f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
+        )
     model = build_classifier(config, data)
     accelerator.print(network_in_words(config, model))
     folder = None if config.output_dir is None else Path(config.output_dir)

@@ -11,12 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import nn
 
 import cn_hf.models  # noqa: F401  # registers the paper's networks with timm
@@ -34,6 +35,7 @@ _FACTORY_ERRORS = (
     OSError,
     KeyError,
     HFValidationError,
+    SafetensorError,
 )
 
 
@@ -65,7 +67,7 @@ def create_network(
     try:
         if timm_name is not None:
             options = timm_arguments(name, num_classes=num_classes, input_size=input_size, model_args=given)
-            network: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **options)
+            network = _timm_network(timm_name, options, pretrained)
         else:
             network = _transformers_network(name, num_classes, input_size, given, pretrained)
     except ConfigError:
@@ -83,10 +85,8 @@ def check_network_name(name: str) -> None:
         ConfigError: Neither timm nor transformers knows it.
     """
     if _timm_name(name) is None:
-        if "/" not in name and not Path(name).is_dir():
-            raise ConfigError(_cannot_build(name, False, {}, ValueError("it is neither a folder nor an id owner/name")))
         try:
-            transformers.AutoConfig.from_pretrained(name)
+            _transformers_config(name)
         except _FACTORY_ERRORS as error:
             raise ConfigError(_cannot_build(name, False, {}, error)) from error
 
@@ -170,10 +170,35 @@ def timm_arguments(
     return options
 
 
+def _timm_network(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    """A timm network. The weights of a folder are read here, since timm 1.0.20 unpickles them, whatever they are."""
+    folder = Path(name.removeprefix("local-dir:"))
+    weights = folder / "model.safetensors"
+    if not (pretrained and name.startswith("local-dir:")):
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        return network
+    if not weights.is_file():
+        raise ConfigError(
+            f"{folder} holds no weights: model.safetensors is missing; leave pretrained off to train anew"
+        )
+    saved_classes = int(json.loads((folder / "config.json").read_bytes()).get("num_classes", options["num_classes"]))
+    network = timm.create_model(name, pretrained=False, **{**options, "num_classes": saved_classes})
+    timm.models.load_checkpoint(network, str(weights))
+    if saved_classes != options["num_classes"]:
+        cast(Any, network).reset_classifier(options["num_classes"])
+    return network
+
+
+def _transformers_config(name: str, **entries: Any) -> Any:
+    if "/" not in name and not Path(name).is_dir():  # a mistyped timm name; asking the Hub would only take time
+        raise ValueError("it is neither a folder nor an id of the form owner/name")
+    return transformers.AutoConfig.from_pretrained(name, **entries)
+
+
 def _transformers_network(
     name: str, num_classes: int, input_size: tuple[int, int, int], given: dict[str, Any], pretrained: bool
 ) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(name, num_labels=num_classes, **given)
+    config = _transformers_config(name, num_labels=num_classes, **given)
     if hasattr(config, "num_channels"):
         config.num_channels = input_size[0]
     if isinstance(getattr(config, "image_size", None), int | list | tuple) and "image_size" not in given:
@@ -219,7 +244,8 @@ def _try_out(network: nn.Module, name: str, input_size: tuple[int, int, int], nu
 def _cannot_build(name: str, is_timm: bool, given: dict[str, Any], error: BaseException) -> str:
     if is_timm:
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        own = "" if known is None else f"; its own image_size is {known.input_size[1]}"
+        fixed = known is not None and known.fixed_input_size
+        own = f"; its own image_size is {known.input_size[1]}" if fixed else ""
         return f"timm cannot make {name!r} with model_args {given}: {error}{own}"
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     hint = f" Near names: {', '.join(map(repr, near))}." if near else ""
