@@ -143,7 +143,7 @@ def test_a_run_leaves_everything(one_process: tuple[Path, str]) -> None:
     assert results["data"]["images"] == {"train": 94, "validation": 10, "test": 31}
     assert results["data"]["context_names"] == ["day", "night"]
     assert [len(history["epochs"]) for history in results["history"].values()] == [6, 6]
-    assert results["history"]["CN-CHANNELS"]["epochs"][-1]["step"] == 6 * 6
+    assert results["history"]["CN-Channels"]["epochs"][-1]["step"] == 6 * 6
     assert "torch" in results["environment"]["versions"]
     rows = row_accuracies(folder)
     assert rows["true contexts"] > 0.8

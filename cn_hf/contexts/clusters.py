@@ -73,9 +73,7 @@ class ClusterOptions:
             if not isinstance(value, int | float) or not 0 <= value < below:
                 raise ConfigError(f"{name} is {value!r}; expected a number of at least 0 and below {below}.")
         if self.reg_covar == 0:
-            raise ConfigError(
-                "reg_covar is 0; expected more: features that never change have no variance."
-            )
+            raise ConfigError("reg_covar is 0; expected more: features that never change have no variance.")
         for name in ("mean", "std"):
             value = getattr(self, name)
             numbers = (value,) if isinstance(value, int | float) else tuple(value)

@@ -62,7 +62,8 @@ class ClassifierRun:
 
 def run_name(config: TrainingConfig) -> str:
     """What the trained network is called in curves and tables."""
-    return "no contexts" if config.mode == "none" else config.mode.upper()
+    names = {"none": "no contexts", "cn-channels": "CN-Channels", "cn-patches": "CN-Patches"}
+    return names.get(config.mode, config.mode.upper())
 
 
 def check_writable(folder: Path) -> None:
@@ -176,5 +177,6 @@ def network_in_words(config: TrainingConfig, model: nn.Module) -> str:
     line = f"network: {config.model}, {facts['parameters']:,} parameters"
     if "slots" in facts:
         slots = facts["slots"]
-        line += f", {len(slots)} slots patched ({slots[0]['name']}{', ...' if len(slots) > 1 else ''})"
+        many = len(slots) > 1
+        line += f", {len(slots)} slot{'s' if many else ''} patched ({slots[0]['name']}{', ...' if many else ''})"
     return line
