@@ -16,7 +16,7 @@ PACKAGE = Path(cn_hf.__file__).parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
-# errors <- norm <- {patching, contexts}; contexts <- data; models stands alone; the rest as listed (ARCHITECTURE). What
+# errors <- norm <- {patching, contexts}; contexts <- data; models stands alone; the rest as listed. What
 # points down a chain may point to its end. `files` is a leaf beside `errors`.
 LEAVES = {"errors", "files"}
 MAY_IMPORT: dict[str, set[str]] = {

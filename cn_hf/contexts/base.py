@@ -1,6 +1,6 @@
 """What every context source is: names, fit on the training split, apply to any split, predict, save, load.
 
-A source says which context each sample of a dataset belongs to (SPEC section 4): it adds an int64 ``ClassLabel`` column
+A source says which context each sample of a dataset belongs to: it adds an int64 ``ClassLabel`` column
 ``context_ids``. Most differ in three hooks only: what they fit, which columns they read, and how a batch of those
 becomes ids.
 

@@ -23,6 +23,7 @@ from cn_hf.contexts.access import Split, warn_of_test_split
 from cn_hf.contexts.base import RowContextSource
 from cn_hf.contexts.images import (
     Array,
+    DecodedBatch,
     check_image_options,
     decode_rows,
     find_image_column,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["ImageContextSource", "PixelChunk", "in_mode", "to_pil"]
+
+_GROUP_BYTES = 2**25
 
 
 class PixelChunk(NamedTuple):
@@ -58,7 +61,7 @@ class ImageContextSource(RowContextSource):
             read.
     """
 
-    batch_size: ClassVar[int] = 256
+    batch_size: ClassVar[int] = 32  # photographs may take 40 MB each
     one_size: ClassVar[bool] = True
     """Whether all images must have one size."""
 
@@ -134,6 +137,19 @@ class ImageContextSource(RowContextSource):
             yield from self._by_size(batch[1], batch[0])
 
     def _decoded(self, split: Split, rows: list[int] | None = None) -> Iterator[tuple[list[int], list[Array]]]:
+        """Rows and arrays of a split, as many at a time as ``_GROUP_BYTES`` hold: few large steps beat many small."""
+        group: tuple[list[int], list[Array]] = ([], [])
+        held = 0
+        for places, arrays in self._decoded_batches(split, rows):
+            group[0].extend(places)
+            group[1].extend(arrays)
+            held += sum(array.nbytes for array in arrays)
+            if held >= _GROUP_BYTES:
+                yield group
+                group, held = ([], []), 0
+        yield group
+
+    def _decoded_batches(self, split: Split, rows: list[int] | None) -> Iterator[DecodedBatch]:
         return iter_decoded(
             split,
             self.image_column,

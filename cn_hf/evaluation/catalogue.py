@@ -1,4 +1,4 @@
-"""The rows of an honest evaluation (SPEC section 6): how each gets its scores, and what it says of itself.
+"""The rows of an honest evaluation: how each gets its scores, and what it says of itself.
 
 Every protocol sets the network's inference before each of its batches, since all rows share one pass.
 

@@ -1,4 +1,4 @@
-"""Sentences that read the rows of an honest evaluation together (SPEC section 6), so that no table is misread.
+"""Sentences that read the rows of an honest evaluation together, so that no table is misread.
 
 Differences between two protocols are paired: both met the same samples, so their uncertainty is that of the per-sample
 difference, much smaller than the two accuracies' own.

@@ -1,4 +1,4 @@
-"""Honest evaluation (SPEC section 6): every way to use a network at test time, and what the context alone is worth.
+"""Honest evaluation: every way to use a network at test time, and what the context alone is worth.
 
 True contexts are told to the network, so an accuracy with them is a result only beside two others: the accuracy
 without them (CN+ of Eq. 9 in the paper's setting and in ours, a context predicted from the image, the average over all

@@ -1,6 +1,6 @@
 """What an honest evaluation found: one row per protocol, and the sentences that read them together.
 
-A *protocol* is a way to use a network at test time (SPEC section 6): with the true contexts, without any, with wrong
+A *protocol* is a way to use a network at test time: with the true contexts, without any, with wrong
 ones, or as a baseline. Rows hold counts, not rates, so that nothing is lost in rounding.
 """
 

@@ -2,7 +2,7 @@
 
 A slot is a module whose class has been swapped in place for a subclass made here, with the normalizer as one more
 child: parameters, buffers, hooks, flags and names stay where they were, and swapping the class back undoes it. Two
-forms (SPEC 1, "What a swap means"):
+forms:
 
 - a norm with *stored* statistics (batch norms): the normalizer replaces it;
 - a norm with *per-sample* statistics (layer norms and their kin): its standardisation stays, the normalizer follows.
