@@ -101,7 +101,7 @@ def test_constructor_arguments_travel_or_are_asked_for(tmp_path):
     assert torch.equal(loaded(x), model(x))
     model.head = nn.Linear(model.num_features, 9)
     with pytest.raises(ConfigError, match="head"):
-        cn_hf.save_pretrained(model, tmp_path / "other")
+        cn_hf.save_pretrained(model, tmp_path / "other", model_args={"img_size": 80})
     assert not (tmp_path / "other").exists()
 
 

@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError
+from cn_hf.files import write_whole
 
 __all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
@@ -45,8 +46,8 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
         if tensors:
             data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
             content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-            _write(path / _tensors_file(content["tensors_sha256"]), data)
-        _write(path / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+            write_whole(path / _tensors_file(content["tensors_sha256"]), data)
+        write_whole(path / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         kept = _tensors_file(content["tensors_sha256"]) if tensors else None
         for old in path.glob(_tensors_file("*")):
             if old.name != kept:
@@ -57,18 +58,6 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
 
 def _tensors_file(checksum: str) -> str:
     return f"context_source-{checksum[:16]}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
