@@ -17,7 +17,8 @@ from cn_hf.evaluation.leak import mask_to_context
 from cn_hf.evaluation.networks import logits_of, network_device
 from cn_hf.evaluation.passes import Batch, Protocol
 from cn_hf.evaluation.report import RowKind
-from cn_hf.patching.routing import router_of, set_inference
+from cn_hf.patching.inference import set_inference
+from cn_hf.patching.routing import router_of
 
 __all__ = [
     "CONTEXT_ONLY",

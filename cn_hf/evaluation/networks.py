@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cn_hf.errors import InputTypeError, PatchError
 from cn_hf.patching.config import BASELINES, ContextNormConfig
-from cn_hf.patching.routing import RoutedModel, apply_inference, router_of
+from cn_hf.patching.inference import apply_inference
+from cn_hf.patching.routing import RoutedModel, router_of
 
 __all__ = ["bare_network", "baseline_network", "context_network", "evaluating", "logits_of", "network_device"]
 

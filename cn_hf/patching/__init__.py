@@ -3,8 +3,9 @@
 from cn_hf.patching.calibrate import calibrate
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.fold import fold_context
+from cn_hf.patching.inference import set_inference
 from cn_hf.patching.patch import context_parameters, patch_model, patch_report, unpatch_model
-from cn_hf.patching.routing import set_inference, use_contexts
+from cn_hf.patching.routing import use_contexts
 
 __all__ = [
     "ContextNormConfig",

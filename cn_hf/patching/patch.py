@@ -14,8 +14,9 @@ from cn_hf.errors import CnHfError, ConfigError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
+from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_targets
-from cn_hf.patching.routing import ContextRouter, RoutedModel, apply_inference, routed_class, router_of, swap_class
+from cn_hf.patching.routing import ContextRouter, RoutedModel, routed_class, router_of, swap_class
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 

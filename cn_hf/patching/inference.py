@@ -1,0 +1,89 @@
+"""What evaluation without context ids does: Algorithm 3 of the paper, and two ways it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from cn_hf.errors import ConfigError
+from cn_hf.norm import ContextNorm
+from cn_hf.norm.choices import check_choice
+from cn_hf.patching.config import INFERENCE, ContextNormConfig
+from cn_hf.patching.routing import ContextSourceLike, router_of
+
+__all__ = ["apply_inference", "set_inference"]
+
+
+def set_inference(
+    model: nn.Module,
+    inference: str,
+    *,
+    source: ContextSourceLike | None = None,
+    plus_stats: str | None = None,
+    plus_scale: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Choose what evaluation without ids does (Algorithm 3, and two ways the paper lacks).
+
+    Args:
+        model: a patched model.
+        inference: ``"cn"`` (ids are required), ``"cn+"`` (all contexts combined, Eq. 9), ``"predict"`` (a context
+            source names each image's context, then CN), ``"average"`` (the log of the mean softmax over all contexts).
+        source: a fitted context source for ``"predict"``; stays attached.
+        plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``; None leaves them.
+        plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``; None leaves it.
+        mean: per channel, what was subtracted from pixels in 0..1 before they reach the model; None leaves it (0).
+        std: per channel, what they were divided by; None leaves it (1).
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: an option is unknown, or the source does not fit the model.
+        PatchError: the model is not patched.
+    """
+    router = router_of(model)
+    check_choice("inference", inference, INFERENCE)
+    options = {"inference": inference, "plus_stats": plus_stats, "plus_scale": plus_scale}
+    config = router.config.replace(**{name: value for name, value in options.items() if value is not None})
+    source = router.source if source is None else source
+    if inference == "predict":
+        _check_source(source, config.num_contexts)
+    pixel_mean, pixel_std = _per_channel("mean", mean, router.pixel_mean), _per_channel("std", std, router.pixel_std)
+    router.config, router.source = config, source
+    router.pixel_mean, router.pixel_std = pixel_mean, pixel_std
+    apply_inference(model, config)
+    return model
+
+
+def _per_channel(name: str, values: Sequence[float] | None, current: tuple[float, ...]) -> tuple[float, ...]:
+    if values is None:
+        return current
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be one number a channel, received {values!r}.") from error
+    if name == "std" and not all(number > 0 for number in numbers):
+        raise ConfigError(f"std must be positive in every channel, received {values!r}.")
+    return numbers
+
+
+def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
+    """Hand the inference options to the layers."""
+    for module in model.modules():
+        if isinstance(module, ContextNorm):
+            module.inference = "cn" if config.inference == "cn" else "cn+"
+            module.plus_stats = config.plus_stats
+            module.plus_scale = config.plus_scale
+
+
+def _check_source(source: Any, num_contexts: int) -> None:
+    if source is None:
+        raise ConfigError('inference="predict" needs a fitted context source: pass source=...')
+    if not hasattr(source, "predict"):
+        raise ConfigError(f"source must be a context source with predict(images), received {type(source).__name__}.")
+    if source.num_contexts != num_contexts:
+        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {num_contexts}.")
