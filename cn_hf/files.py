@@ -1,12 +1,16 @@
-"""Writing a file whole or not at all."""
+"""Files of checkpoints: written whole or not at all, and read with a clear word where they are not as they must be."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_whole"]
+from cn_hf.errors import CheckpointError
+
+__all__ = ["read_description", "write_whole"]
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -29,3 +33,31 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def read_description(path: Path, *, newest: int, what: str) -> dict[str, Any]:
+    """Read a JSON object that carries the number of its format.
+
+    Args:
+        path: the file.
+        newest: the highest ``"format"`` this version reads.
+        what: what the file describes, for messages.
+
+    Raises:
+        CheckpointError: it is missing, truncated, of another kind or of a newer format.
+    """
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"No {what} in {path.parent}: {path.name} is missing.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is truncated or no JSON ({error}). Save it again.") from error
+    if not isinstance(description, dict) or not isinstance(description.get("format"), int):
+        raise CheckpointError(f"{path} is not a {what} of cn_hf: it has no format number.")
+    if description["format"] > newest:
+        raise CheckpointError(
+            f"{path} has format {description['format']}, this version reads up to {newest}: update cn_hf."
+        )
+    return description

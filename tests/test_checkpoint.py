@@ -183,6 +183,30 @@ def test_other_architecture_or_number_of_contexts_leaves_the_model_unchanged(tmp
         cn_hf.from_pretrained(folder, model=fewer)
 
 
+def test_a_patched_model_takes_a_checkpoint_only_of_the_same_meaning(tmp_path):
+    model = trained("timm-vit")
+    cn_hf.set_inference(model, "average")
+    folder = cn_hf.save_pretrained(model, tmp_path)
+    for options in ({"variance_activation": "exp"}, {"eps": 1e-3}, {"keep_statistics": False}):
+        other = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5), num_contexts=4, **options)
+        with pytest.raises(CheckpointError, match=next(iter(options))):
+            cn_hf.from_pretrained(folder, model=other)
+    alike = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5), num_contexts=4)
+    loaded = cn_hf.from_pretrained(folder, model=alike)
+    x = torch.randn(1, 3, 160, 160)
+    assert loaded.context_config == model.context_config
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded(x, context_ids="c"), model(x, context_ids="c"))
+
+
+def test_files_of_two_saves_do_not_mix(tmp_path):
+    first = cn_hf.save_pretrained(trained("timm-vit"), tmp_path / "first")
+    second = cn_hf.save_pretrained(trained("timm-vit"), tmp_path / "second")
+    (first / "model.safetensors").write_bytes((second / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="another save"):
+        cn_hf.from_pretrained(first)
+
+
 def test_saving_again_replaces_and_a_plain_model_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     first, second = trained("timm-vit"), trained("timm-vit")

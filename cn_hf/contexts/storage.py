@@ -20,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import write_whole
+from cn_hf.files import read_description, write_whole
 
 __all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
@@ -70,18 +70,7 @@ def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         CheckpointError: a file is missing, truncated, of a newer format, or not the other's counterpart.
     """
     path = Path(folder) / CONFIG_FILE
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"No context source in {Path(folder)}: {CONFIG_FILE} is missing.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is truncated or no JSON ({error}). Save the source again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-        raise CheckpointError(f"{path} is not a context source of cn_hf: it has no format number.")
-    if config["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {config['format']}, this version reads up to {FORMAT}: update cn_hf.")
+    config = read_description(path, newest=FORMAT, what="context source")
     checksum = config.pop("tensors_sha256", None)
     if checksum is None:
         return config, {}

@@ -7,6 +7,7 @@ that names contexts travels along. Nothing in it is executed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -16,14 +17,15 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cn_hf.contexts import ContextSource
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
-from cn_hf.files import write_whole
+from cn_hf.files import read_description, write_whole
 from cn_hf.hub.base_model import build_base, describe_base
 from cn_hf.patching import ContextNormConfig, patch_model, unpatch_model
+from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import ContextSourceLike, RoutedModel, router_of
 
@@ -82,9 +84,9 @@ def save_pretrained(
     path = Path(folder)
     try:
         tensors = _context_tensors(model) if norms_only else _without_aliases(model.state_dict())
-        write_whole(
-            path / (NORMS_FILE if norms_only else WEIGHTS_FILE), safetensors.torch.save(tensors, {"format": "pt"})
-        )
+        data = safetensors.torch.save(tensors, {"format": "pt"})
+        description["weights_sha256"] = hashlib.sha256(data).hexdigest()
+        write_whole(path / (NORMS_FILE if norms_only else WEIGHTS_FILE), data)
         if source is not None:
             source.save(path / SOURCE_FOLDER)
         write_whole(path / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
@@ -144,7 +146,7 @@ def from_pretrained(
         CheckpointError: nothing there, truncated, of a newer format, of another architecture or number of contexts.
     """
     folder = _folder(id_or_folder, revision, token, cache_dir, local_files_only)
-    description = _read_description(folder)
+    description = read_description(folder / CONFIG_FILE, newest=FORMAT, what="checkpoint")
     try:
         config = ContextNormConfig.from_dict(description["config"])
         norms_only = bool(description["norms_only"])
@@ -155,12 +157,14 @@ def from_pretrained(
         raise CheckpointError(
             f"{folder} holds the context norms only: pass model=, a copy of their base {base.get('architecture')!r}."
         )
-    tensors = _read_tensors(folder / (NORMS_FILE if norms_only else WEIGHTS_FILE))
+    tensors = _read_tensors(folder / (NORMS_FILE if norms_only else WEIGHTS_FILE), description.get("weights_sha256"))
     source = _read_source(folder) if description.get("context_source") else None
     _check_architecture(model, base, norms_only)
     target = build_base(base) if model is None else model
     _load(target, config, tensors, norms_only, str(folder))
     router = router_of(target)
+    router.config = config  # of a model that was patched before: names and inference are the checkpoint's
+    apply_inference(target, config)
     router.source = cast("ContextSourceLike | None", source)
     router.pixel_mean = tuple(description.get("pixel_mean", (0.0,)))
     router.pixel_std = tuple(description.get("pixel_std", (1.0,)))
@@ -197,33 +201,20 @@ def _folder(
     return Path(snapshot)
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+def _read_tensors(path: Path, checksum: object) -> dict[str, Tensor]:
     try:
-        description = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint of cn_hf: {CONFIG_FILE} is missing.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is truncated or no JSON: {error}") from error
-    if not isinstance(description, dict) or not isinstance(description.get("format"), int):
-        raise CheckpointError(f"{path} is no description of a patched model: it has no format number.")
-    if description["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {description['format']}, this version reads up to {FORMAT}: update cn_hf."
-        )
-    return description
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"The weights are missing: {path}") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise CheckpointError(f"{path} is truncated, changed, or of another save than {CONFIG_FILE} beside it.")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+    return tensors
 
 
 def _read_source(folder: Path) -> ContextSource | None:
@@ -270,7 +261,7 @@ def _load(
 
 def _check_contexts(model: nn.Module, config: ContextNormConfig, where: str) -> None:
     own = router_of(model).config
-    for field in ("mode", "num_contexts", "parametrization"):
+    for field in ("mode", "num_contexts", "parametrization", "variance_activation", "eps", "keep_statistics"):
         if getattr(own, field) != getattr(config, field):
             raise CheckpointError(
                 f"{where} was saved with {field}={getattr(config, field)!r}, model= is patched with "
