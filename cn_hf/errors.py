@@ -23,6 +23,7 @@ __all__ = [
     "PatchError",
     "PatchedAttributeError",
     "TrainingError",
+    "TrainingInterruptedError",
     "nearest",
 ]
 
@@ -73,6 +74,10 @@ class CheckpointError(CnHfError, OSError):
 
 class TrainingError(CnHfError, ValueError):
     """A run cannot start or go on as asked."""
+
+
+class TrainingInterruptedError(CnHfError, InterruptedError):
+    """A run was asked to stop by a signal, and did so at the end of a step."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

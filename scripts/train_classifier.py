@@ -4,6 +4,8 @@ Run it with python, or under ``accelerate launch`` for several processes:
 
     python scripts/train_classifier.py --model cn_cifar_convnet --dataset uoft-cs/cifar10 \
         --mode cn-channels --contexts clusters:gmm:3 --output-dir runs/cifar10
+
+Killed runs go on with ``--resume``; ``--dry-run`` shows what would be done.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from cn_hf.training.command import training_app
 from cn_hf.training.config import TrainingConfig
 
 
-def run(config: TrainingConfig) -> None:
+def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
     """Import the heavy libraries only once the options are known to be right."""
     from cn_hf.training.classifier import train_classifier
 
-    train_classifier(config)
+    train_classifier(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Tests run in parallel processes, and start more: threads that wait for each other's cores would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from training_runs import Starter
 
 SHARED_DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -20,6 +25,21 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data sets are absent: no folder {SHARED_DATA}")
     return SHARED_DATA.resolve()
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Starter]:
+    """Starts small training runs in processes of their own."""
+    path = os.environ.get("PYTHONPATH")
+    # The fork server is not told where this process imports from, and passes over what it cannot import.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), path]))
+    from training_runs import Starter  # heavy, and few tests need it
+
+    yield Starter()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
 
 
 @pytest.fixture(autouse=True)

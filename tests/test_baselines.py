@@ -332,11 +332,34 @@ def collect(parts: list[Tensor]) -> dict[str, Any]:
         result["grads"].append(torch.autograd.grad(out.pow(3).sum(), x)[0])
     result["state"] = layer.state_dict()
     result["eval"] = layer.eval()(first)
+    result["thinned"] = train_thinned(parts)
+    result["checkpointed"] = train_checkpointed(parts)
+    far = MixtureNorm(3, dtype=torch.float32)
+    result["far"] = far(third.float() * 0.01 + 100).double(), far.running_var.double()
+    with pytest.raises(InputShapeError, match="empty"):
+        MixtureNorm(3)(torch.zeros(0, 3, 4, 4))
     constant = torch.full((len(first) * 2, 2), 5.0) if len(first) < 6 else torch.zeros(0, 2)
     if not distributed:
         constant = torch.full((8, 2), 5.0)
     result["constant"] = em.kmeans_plusplus(constant, 3, distributed=distributed)
     return result
+
+
+def train_thinned(parts: list[Tensor]) -> dict[str, Any]:
+    """Three steps, each fitted on one in five of the vectors of all processes."""
+    layer = MixtureNorm(3, max_vectors=13, dtype=torch.float64)
+    outs = [layer(part) for part in parts]
+    return {"outs": outs, "state": layer.state_dict()}
+
+
+def train_checkpointed(parts: list[Tensor]) -> dict[str, Any]:
+    """Several forwards before one backward, which runs them again: each must find the mixture it used."""
+    layer, total, inputs = MixtureNorm(3, dtype=torch.float64, max_vectors=13), 0, []
+    for part in reversed(parts):
+        inputs.append(part.clone().requires_grad_())
+        total = total + torch.utils.checkpoint.checkpoint(layer, inputs[-1], use_reentrant=False).pow(3).sum()
+    total.backward()
+    return {"grads": [x.grad for x in inputs], "state": layer.state_dict()}
 
 
 def batches() -> list[Tensor]:
@@ -395,6 +418,33 @@ def test_two_processes_train_a_layer_as_one(results: tuple[dict[str, Any], ...])
     same(dict(first["state"]), dict(one["state"]))
     same(dict(second["state"]), dict(one["state"]))
     same(torch.cat([first["eval"], second["eval"]]), one["eval"])
+
+
+def test_two_processes_thin_the_batch_as_one(results: tuple[dict[str, Any], ...]) -> None:
+    first, second, one = (result["thinned"] for result in results)
+    for a, b, whole in zip(first["outs"], second["outs"], one["outs"], strict=True):
+        same(torch.cat([a, b]), whole)
+    same(dict(first["state"]), dict(one["state"]))
+    same(dict(second["state"]), dict(one["state"]))
+
+
+def test_two_processes_recompute_as_one(results: tuple[dict[str, Any], ...]) -> None:
+    first, second, one = (result["checkpointed"] for result in results)
+    for a, b, whole in zip(first["grads"], second["grads"], one["grads"], strict=True):
+        same(torch.cat([a, b]), whole)
+    same(dict(first["state"]), dict(one["state"]))
+    plain, total = MixtureNorm(3, dtype=torch.float64, max_vectors=13), 0
+    inputs = [batch.requires_grad_() for batch in reversed(batches())]
+    for x in inputs:
+        total = total + plain(x).pow(3).sum()
+    same(list(torch.autograd.grad(total, inputs)), one["grads"])
+
+
+def test_an_empty_part_costs_no_digits_far_from_zero(results: tuple[dict[str, Any], ...]) -> None:
+    (out, var), (nothing, _), (whole, expected_var) = (result["far"] for result in results)
+    assert len(nothing) == 0
+    torch.testing.assert_close(var, expected_var, atol=0, rtol=1e-4)
+    torch.testing.assert_close(out, whole, atol=1e-4, rtol=0)
 
 
 def test_equal_vectors_that_the_second_process_alone_holds(results: tuple[dict[str, Any], ...]) -> None:

@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import PIL.Image
 import pytest
 import torch
+from data_for_tests import MEAN, STD, N, arrays, assert_same, held, make_dataset, pixels, png, streamed, together
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch import Tensor
 
 from cn_hf.data import Batches, DeviceBatches, StreamedBatches, build_augmentation, decode_images, load_splits
-from cn_hf.data.batches import process_slice, stream_seed
+from cn_hf.data.order import process_slice, stream_seed
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, InputShapeError, InputTypeError
-
-N = 37
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def arrays(n: int = N, height: int = 6, width: int = 5) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-
-
-def png(array: np.ndarray) -> dict[str, Any]:
-    file = io.BytesIO()
-    PIL.Image.fromarray(array).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def make_dataset(n: int = N, *, contexts: bool = True, broken: tuple[int, ...] = ()) -> Dataset:
-    images = [png(a) for a in arrays(n)]
-    for row in broken:
-        images[row] = {"bytes": images[row]["bytes"][:40], "path": None}
-    columns: dict[str, Any] = {"image": images, "label": [i % 4 for i in range(n)]}
-    features: dict[str, Any] = {"image": Image(), "label": ClassLabel(num_classes=4)}
-    if contexts:
-        columns["context_ids"] = [i % 3 for i in range(n)]
-        features["context_ids"] = ClassLabel(num_classes=3)
-    return Dataset.from_dict(columns, features=Features(features))
-
-
-def pixels(n: int = N) -> Tensor:
-    return torch.from_numpy(arrays(n)).permute(0, 3, 1, 2)
-
-
-def held(n: int = N, **options: Any) -> DeviceBatches:
-    contexts = torch.arange(n) % 3
-    return DeviceBatches(pixels(n), torch.arange(n) % 4, contexts, **{"batch_size": 8, "seed": 5, **options})
-
-
-def streamed(dataset: Any = None, **options: Any) -> StreamedBatches:
-    return StreamedBatches(make_dataset() if dataset is None else dataset, **{"batch_size": 8, "seed": 5, **options})
-
-
-def assert_same(a: Any, b: Any, atol: float = 0.0) -> None:
-    a, b = list(a), list(b)
-    assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        assert list(left) == list(right)
-        for key in left:
-            assert left[key].dtype == right[key].dtype
-            torch.testing.assert_close(left[key], right[key], atol=atol, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
 
 # ---------------------------------------------------------------------------------------------------- what is in one
 
@@ -157,6 +102,10 @@ def test_slices_of_processes(total: int, processes: int) -> None:
     parts = [list(range(total))[process_slice(total, processes, p)] for p in range(processes)]
     assert [row for part in parts for row in part] == list(range(total))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    pairs = [list(range(total))[process_slice(total, processes, p, group=2)] for p in range(processes)]
+    assert [row for part in pairs for row in part] == list(range(total))
+    assert max(map(len, pairs)) - min(map(len, pairs)) <= 2
+    assert all(part[0] % 2 == 0 for part in pairs if part)
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -338,26 +287,6 @@ def test_a_batch_of_unreadable_images_is_empty_but_has_a_shape() -> None:
         assert len(second["labels"]) == 8
     with pytest.raises(DatasetFileError, match="none"):
         list(streamed(make_dataset(8, broken=tuple(range(8))), on_error="skip"))
-
-
-class DieInWorker:
-    """A stream's map that ends the process it runs in, unless that is the test's own."""
-
-    def __init__(self) -> None:
-        self.own = os.getpid()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if os.getpid() != self.own:
-            os._exit(1)
-        return row
-
-
-def test_a_worker_that_dies_is_one_clear_error() -> None:
-    dataset = make_dataset()
-    stream = dataset.to_iterable_dataset().map(DieInWorker(), features=dataset.features)
-    assert len(list(streamed(stream))) == 5
-    with pytest.raises(DatasetFileError, match="a process that decodes images died"):
-        list(streamed(stream, num_workers=1, num_samples=N))
 
 
 def test_leaving_an_epoch_early_is_no_harm() -> None:

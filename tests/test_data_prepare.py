@@ -14,7 +14,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 
 import cn_hf.data
 from cn_hf.contexts.column import ColumnContexts
-from cn_hf.data import DeviceBatches, StreamedBatches, build_augmentation, channel_statistics, load_splits, prepare_data
+from cn_hf.data import (
+    DeviceBatches,
+    MixingConfig,
+    StreamedBatches,
+    build_augmentation,
+    channel_statistics,
+    load_splits,
+    prepare_data,
+)
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError
 
 SIZES = {"train": 30, "validation": 7, "test": 11}
@@ -114,6 +122,76 @@ def test_splits_beyond_the_budget_are_streamed_with_the_same_result() -> None:
             found = together(getattr(other, name))
             assert list(found) == list(expected)
             assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_split_beyond_the_budget_is_read_from_disk_by_workers(tmp_path: Path) -> None:
+    make_splits().save_to_disk(tmp_path / "toy")
+    splits = load_splits(tmp_path / "toy", validation_split="validation")
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "augment": build_augmentation(["flip", "crop"]),
+        "mixing": MixingConfig(mixup=0.2, cutmix=1.0),
+        "balance_contexts": True,
+        "context_source": ColumnContexts("domain"),
+    }
+    held = prepare_data(splits, **options)
+    for num_workers in (0, 1, 3):
+        read = prepare_data(splits, **options, memory_budget_bytes=1, num_workers=num_workers)
+        assert read.train is not None
+        assert held.train is not None
+        assert isinstance(read.train, StreamedBatches)
+        for data in (held, read):
+            assert data.train is not None
+            data.train.set_epoch(1, 2)
+        for expected, found in zip(held.train, read.train, strict=True):
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert torch.equal(together(read.test)["pixel_values"], together(held.test)["pixel_values"])
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_training_alone_is_mixed_and_balanced(budget: int) -> None:
+    splits = make_splits()
+    splits["train"] = make_split(30, 0).select([*range(0, 30, 2), 1, 3])  # 15 by day, 2 by night
+    options: dict[str, Any] = {"context_source": ColumnContexts("domain"), "memory_budget_bytes": budget}
+    mixing = MixingConfig(mixup=0.4, cutmix=1.0)
+    data = prepare_data(splits, batch_size=17, mixing=mixing, balance_contexts=True, **options)
+    plain = prepare_data(splits, batch_size=17, **options)
+    whole = together(data.train)
+    assert whole["labels"].shape == (17, 3)
+    assert whole["context_ids"].shape == (17, 2)
+    assert whole["labels"].dtype == whole["context_ids"].dtype == torch.float32
+    torch.testing.assert_close(whole["labels"].sum(1), torch.ones(17))
+    assert sorted((whole["index"] < 15).int().bincount().tolist()) == [8, 9]
+    assert (whole["context_ids"].amax(1) < 1).any()
+    for name in ("validation", "test"):
+        expected, found = together(getattr(plain, name)), together(getattr(data, name))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    idle = together(prepare_data(splits, batch_size=8, mixing=MixingConfig(), **options).train)
+    assert idle["labels"].dtype == torch.int64
+
+
+def test_mixing_without_names_of_contexts_and_without_contexts() -> None:
+    splits = make_splits()
+    mixing = MixingConfig(mixup=1.0)
+    assert "context_ids" not in together(prepare_data(splits, batch_size=8, mixing=mixing).train)
+    named = ColumnContexts("domain").fit(splits).apply(splits)
+    assert together(prepare_data(named, batch_size=8, mixing=mixing).train)["context_ids"].shape == (30, 2)
+    plain = named.cast_column("context_ids", Value("int64"))
+    assert together(prepare_data(plain, batch_size=8, mixing=mixing).train)["context_ids"].shape == (30, 2)
+    with pytest.raises(ConfigError, match=r"cast it to datasets\.ClassLabel"):
+        prepare_data(as_stream(plain), batch_size=8, mixing=mixing)
+    streamed = prepare_data(as_stream(named), batch_size=8, mixing=mixing)
+    assert together(streamed.train)["context_ids"].shape == (30, 2)
+    weights = [[0.25, 0.75, 0.0]] * 30
+    soft = DatasetDict(train=splits["train"].add_column("context_ids", weights))
+    for budget in (0, 2**30):
+        data = prepare_data(soft, batch_size=8, mixing=mixing, memory_budget_bytes=budget)
+        torch.testing.assert_close(together(data.train)["context_ids"], torch.tensor(weights))
+    for splits_without, message in ((splits, "the data has none"), (soft, "weights of several")):
+        with pytest.raises(ConfigError, match=message):
+            prepare_data(splits_without, batch_size=8, balance_contexts=True)
+    with pytest.raises(ConfigError, match="streaming=False"):
+        prepare_data(as_stream(named), batch_size=8, balance_contexts=True)
 
 
 def test_streams() -> None:

@@ -270,6 +270,20 @@ def test_the_shift_does_not_matter() -> None:
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+def test_the_shift_is_the_mean_and_may_come_from_the_caller() -> None:
+    x = blobs(100)
+    torch.testing.assert_close(em.data_shift(x), x.mean(0))
+    assert torch.equal(em.data_shift(x[:0]), torch.zeros(4, dtype=x.dtype))
+    start = start_of(x)
+    for shift in (em.data_shift(x), x[0]):
+        for actual, expected in (
+            (em.fit_mixture(x, *start, num_iterations=3, shift=shift), em.fit_mixture(x, *start, num_iterations=3)),
+            (em.seed_mixture(x, 3, shift=shift), em.seed_mixture(x, 3)),
+        ):
+            for a, b in zip(actual[:3], expected[:3], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------------ seeding
 
 

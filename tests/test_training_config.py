@@ -33,6 +33,13 @@ UNUSUAL = {
     "step_epochs": [2, 5],
     "patience": 3,
     "mixed_precision": "bf16",
+    "accumulation_steps": 2,
+    "clip_grad_norm": 1.5,
+    "ema_decay": 0.99,
+    "mixup": 0.2,
+    "trackers": ["tensorboard"],
+    "checkpoint_steps": 50,
+    "compile": True,
     "calibrate": "never",
     "baseline": True,
     "output_dir": "runs/one",
@@ -91,6 +98,12 @@ def test_yaml_numbers_become_the_field_s_type() -> None:
         ({"mean": [0.5], "std": []}, "one value per channel"),
         ({"mean": [0.5], "std": [0.0]}, "std positive"),
         ({"model": ""}, "model is empty"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"clip_grad_norm": 0}, "clip_grad_norm must be positive"),
+        ({"batch_size": 2, "accumulation_steps": 3}, "accumulation_steps 3 is more than batch_size 2"),
+        ({"mix_probability": 2}, r"mix_probability must be in \[0, 1\]"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"model_args": [1]}, "'model_args' must be a mapping"),
         ({"dataset": [1]}, "'dataset' must be text"),
     ],
@@ -141,10 +154,31 @@ def as_arguments(options: dict) -> list[str]:
 
 
 def run_command(arguments: list[str]) -> TrainingConfig:
-    seen: list[TrainingConfig] = []
-    result = CliRunner().invoke(training_app(seen.append, help="test"), arguments, catch_exceptions=False)
+    return run_command_with_flags(arguments)[0]
+
+
+def run_command_with_flags(arguments: list[str]) -> tuple[TrainingConfig, dict[str, bool]]:
+    seen: list[tuple[TrainingConfig, dict[str, bool]]] = []
+    app = training_app(lambda config, **flags: seen.append((config, flags)), help="test")
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return seen[0]
+
+
+def test_flags_are_no_part_of_the_config() -> None:
+    config, flags = run_command_with_flags(["--model", "x", "--resume", "--dry-run"])
+    assert config == TrainingConfig(model="x")
+    assert flags == {"resume": True, "overwrite": False, "dry_run": True}
+
+
+def test_differences_name_what_changes_what_is_learned() -> None:
+    config = TrainingConfig(model="x", where=("norms",), mode="cn")
+    assert config.differences(config.replace(progress=False, keep_checkpoints=5, num_workers=3).to_dict()) == {}
+    other = config.replace(epochs=7, where=("a", "b"))
+    assert config.differences(other.to_dict()) == {"epochs": (7, 100), "where": (["a", "b"], ["norms"])}
+    older = {name: value for name, value in config.to_dict().items() if name != "ema_decay"}
+    assert config.differences(older) == {}
+    assert config.replace(ema_decay=0.9).differences(older) == {"ema_decay": (None, 0.9)}
 
 
 def test_every_option_is_on_the_command_line() -> None:

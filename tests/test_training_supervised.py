@@ -22,7 +22,8 @@ from cn_hf.errors import ConfigError, ContextIdError, TrainingError
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.optimization import build_optimizer, learning_rate_at
-from cn_hf.training.supervised import fit, make_accelerator, mean_loss_and_accuracy
+from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.validation import mean_loss_and_accuracy
 
 CLASSES = 3
 
@@ -36,20 +37,23 @@ class TensorBatches:
         self.images, self.labels, self.contexts = images, labels, contexts
         self.batch_size, self.shuffle = batch_size, shuffle
         self.num_samples = len(images)
-        self.epoch = 0
+        self.epoch = self.start = 0
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.epoch, self.start = epoch, start
+
+    def fingerprint(self) -> str:
+        return str(float(self.images.sum()))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = torch.arange(self.num_samples)
         if self.shuffle:
             order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.epoch))
-        for start in range(0, self.num_samples, self.batch_size):
+        for start in range(self.start * self.batch_size, self.num_samples, self.batch_size):
             rows = order[start : start + self.batch_size].tensor_split(self.world)[self.rank]
             batch = {"pixel_values": self.images[rows], "labels": self.labels[rows], "index": rows}
             if self.contexts is not None:
@@ -213,7 +217,7 @@ def test_history_round_trips_and_is_written_while_training(tmp_path: Path) -> No
     )  # fmt: skip
     written = json.loads((tmp_path / "run" / "history.json").read_text())
     assert History.from_dict(written) == history
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["history.json"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["checkpoints", "history.json"]
 
 
 def test_runs_with_one_config_meet_the_same_dropout_and_order() -> None:

@@ -127,7 +127,7 @@ class ClusterContexts(ImageContextSource):
         fit_samples: fit on so many images, drawn by ``seed`` (of a stream: its first); None fits on all.
         mean: pixels in [0, 1] are standardised with it before an embedding model; one number or one a channel.
         std: likewise.
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: threads that decode; 0 decodes in this one.
     """
 
     type = "clusters"

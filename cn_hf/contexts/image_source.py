@@ -57,7 +57,7 @@ class ImageContextSource(RowContextSource):
         image_column: found by its ``datasets.Image`` feature when None.
         image_mode: ``"RGB"`` or ``"L"``; images are converted to it.
         image_size: int or (height, width) that images are resized to; None takes them as they are.
-        num_workers: processes that decode a ``Dataset``'s images; 0 decodes in this one. Streams decode where they are
+        num_workers: threads that decode a ``Dataset``'s images; 0 decodes in this one. Streams decode where they are
             read.
     """
 
@@ -74,7 +74,7 @@ class ImageContextSource(RowContextSource):
         num_workers: int,
     ) -> None:
         if not isinstance(num_workers, int) or num_workers < 0:
-            raise ConfigError(f"num_workers is {num_workers!r}; expected 0 or a number of processes.")
+            raise ConfigError(f"num_workers is {num_workers!r}; expected 0 or a number of threads.")
         self.image_column = image_column
         self.image_size = check_image_options(image_mode, image_size)
         self.image_mode = image_mode

@@ -192,7 +192,7 @@ class BrightnessContexts(ImageContextSource):
             it parts the images' lumas into the two groups with the largest variance between them (Otsu 1979).
         names: of the bright and of the dark context, in this order.
         image_column: found by its feature when None.
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: threads that decode; 0 decodes in this one.
     """
 
     type = "brightness"

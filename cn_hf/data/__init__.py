@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cn_hf.data.augment import Augmentation, AugmentationConfig, build_augmentation
-    from cn_hf.data.batches import Batches, DeviceBatches, process_slice
+    from cn_hf.data.batches import Batches, DeviceBatches
     from cn_hf.data.images import DecodedImages, decode_images, image_shape
     from cn_hf.data.loading import (
         find_image_column,
         find_label_column,
         label_names,
         load_splits,
+        read_context_ids,
         read_labels,
         take_shuffled,
     )
-    from cn_hf.data.prepare import PreparedData, prepare_data, read_context_ids
+    from cn_hf.data.mixing import Mixing, MixingConfig
+    from cn_hf.data.order import process_slice
+    from cn_hf.data.prepare import PreparedData, prepare_data
     from cn_hf.data.statistics import channel_statistics
     from cn_hf.data.streaming import StreamedBatches
 
@@ -30,6 +33,8 @@ __all__ = [
     "Batches",
     "DecodedImages",
     "DeviceBatches",
+    "Mixing",
+    "MixingConfig",
     "PreparedData",
     "StreamedBatches",
     "build_augmentation",
@@ -49,10 +54,20 @@ __all__ = [
 
 _MODULES = {
     "augment": ("Augmentation", "AugmentationConfig", "build_augmentation"),
-    "batches": ("Batches", "DeviceBatches", "process_slice"),
+    "batches": ("Batches", "DeviceBatches"),
     "images": ("DecodedImages", "decode_images", "image_shape"),
-    "loading": ("find_image_column", "find_label_column", "label_names", "load_splits", "read_labels", "take_shuffled"),
-    "prepare": ("PreparedData", "prepare_data", "read_context_ids"),
+    "loading": (
+        "find_image_column",
+        "find_label_column",
+        "label_names",
+        "load_splits",
+        "read_context_ids",
+        "read_labels",
+        "take_shuffled",
+    ),
+    "mixing": ("Mixing", "MixingConfig"),
+    "order": ("process_slice",),
+    "prepare": ("PreparedData", "prepare_data"),
     "statistics": ("channel_statistics",),
     "streaming": ("StreamedBatches",),
 }

@@ -2,8 +2,9 @@
 
 The order of an epoch depends on the seed and the epoch alone. A batch of ``batch_size`` images is a *global* batch: of
 P processes each takes a contiguous part of it, so that the parts in rank order are the batch of a single process. Parts
-of a batch that P does not divide, such as the last of an epoch, differ by one image at most, and are empty for some
-processes where P is larger. Every image is in one part of one batch, so sums over all processes count it once.
+of a batch that P does not divide, such as the last of an epoch, differ by one image at most (by two where pairs are
+mixed), and are empty for some processes where P is larger. Every image is in one part of one batch, so sums over all
+processes count it once.
 
 Shapes: N images in all, n of a batch on this process, C channels, H and W height and width, T contexts.
 """
@@ -11,18 +12,24 @@ Shapes: N images in all, n of a batch on this process, C channels, H and W heigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cn_hf.data.augment import Augment
+from cn_hf.data.fingerprint import tensors_fingerprint
+from cn_hf.data.mixing import Mixing
+from cn_hf.data.order import balanced_order, epoch_order, process_slice, stream_seed
 from cn_hf.errors import ConfigError, DatasetError, InputShapeError, InputTypeError
 
-__all__ = ["Batches", "DeviceBatches", "process_slice", "stream_seed"]
+__all__ = ["Batch", "Batches", "DeviceBatches"]
 
 Batch = dict[str, Tensor]
+
+# Keeps the random numbers of mixing apart from those of the augmentation of the same batch.
+MIXING_STREAM = 1
 
 
 class Batches(ABC):
@@ -30,7 +37,7 @@ class Batches(ABC):
 
     A batch is a dict of tensors on ``device``: ``pixel_values`` (n, C, H, W) of ``dtype``, ``labels`` (n,) int64,
     ``index`` (n,) int64, the dataset rows, and, where the data has contexts, ``context_ids``: (n,) int64, or (n, T)
-    float32 weights.
+    float32 weights. With ``mixing``, ``labels`` are float32 weights (n, classes), and contexts are weights.
 
     Args:
         batch_size: Images of a global batch.
@@ -38,6 +45,9 @@ class Batches(ABC):
         seed: Of the order and the augmentation.
         drop_last: Leave out the last batch of an epoch where it is smaller.
         augment: Applied to float images in [0, 1]; None for nothing.
+        mixing: Applied to pairs of augmented images; None for nothing.
+        balance_contexts: Draw every context equally often in an epoch, which still has N images, some of them several
+            times. Needs hard contexts and ``shuffle``.
         mean: Of each channel, white being 1, subtracted after augmentation; None for 0.
         std: Of each channel, divided by; None for 1.
         device: Where batches are.
@@ -46,7 +56,8 @@ class Batches(ABC):
         dtype: Of ``pixel_values``.
 
     Raises:
-        ConfigError: A value is out of range, or ``mean`` and ``std`` differ in length.
+        ConfigError: A value is out of range, ``mean`` and ``std`` differ in length, mixing does not know the labels or
+            contexts of the data, or there are no hard contexts to balance.
     """
 
     def __init__(
@@ -57,6 +68,8 @@ class Batches(ABC):
         seed: int = 0,
         drop_last: bool = False,
         augment: Augment | None = None,
+        mixing: Mixing | None = None,
+        balance_contexts: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
@@ -72,17 +85,22 @@ class Batches(ABC):
             raise ConfigError(f"dtype of pixel_values must be floating point; got {dtype}")
         if seed < 0:
             raise ConfigError(f"seed must be 0 or more; got {seed}")
+        if balance_contexts and not shuffle:
+            raise ConfigError("balance_contexts draws images at random, so it needs shuffle=True")
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
         self.augment = augment
+        self.mixing = mixing
+        self.balance_contexts = balance_contexts
         self.mean, self.std = _per_channel(mean, std)
         self.device = torch.device(device)
         self.num_processes = num_processes
         self.process_index = process_index
         self.dtype = dtype
         self.epoch = 0
+        self.start = 0
 
     @property
     @abstractmethod
@@ -91,32 +109,79 @@ class Batches(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of this epoch, this process's part of each."""
+        """The batches of this epoch from number ``start`` on, this process's part of each."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of the data, the same in every process, by which a resumed run tells whether it is still the same.
+
+        Batch size, order, augmentation and normalisation are not in it.
+        """
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same in every process."""
+        """Batches of a whole epoch, the same in every process."""
         return self.num_rows // self.batch_size if self.drop_last else -(-self.num_rows // self.batch_size)
 
     @property
     def num_samples(self) -> int:
-        """Images of an epoch over all processes: N, or fewer where the last batch is dropped."""
+        """Images of a whole epoch over all processes: N, or fewer where the last batch is dropped."""
         return min(len(self) * self.batch_size, self.num_rows)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and augmentation of epoch ``epoch``, counted from 0; until called, it is epoch 0's.
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose order, augmentation and mixing of epoch ``epoch``, counted from 0; until called, it is epoch 0's.
+
+        Args:
+            epoch: See above.
+            start: Number of the batch that iteration begins at, counted from 0; what comes is what a whole pass gives
+                from there on. With the number of batches, nothing comes.
 
         Raises:
-            ConfigError: ``epoch`` is negative.
+            ConfigError: ``epoch`` is negative, or ``start`` is no batch of an epoch nor their number.
         """
         if epoch < 0:
             raise ConfigError(f"epoch must be 0 or more; got {epoch}")
-        self.epoch = epoch
+        # A stream must be read to tell its length.
+        if start < 0 or (start > 0 and start > len(self)):
+            raise ConfigError(
+                f"start is the number of a batch, 0 to {len(self) - 1}, or {len(self)} for none; got {start}: do data "
+                "and batch_size differ from those of the run to be resumed?"
+            )
+        self.epoch, self.start = epoch, start
 
-    def _pixel_values(self, pixels: Tensor, number: int, places: Tensor, total: int) -> Tensor:
-        """Uint8 (n, C, H, W) on the device to augmented, normalised ``dtype``.
+    def _part_of(self) -> Callable[[int], slice]:
+        """Gives this process's part of a global batch of so many images."""
+        return partial(
+            process_slice,
+            num_processes=self.num_processes,
+            process_index=self.process_index,
+            group=1 if self.mixing is None else 2,
+        )
+
+    def _order(self, context_ids: Tensor | None) -> Tensor:
+        """Rows (N,) of this epoch, on the CPU; ``context_ids`` are those to balance."""
+        if self.balance_contexts:
+            assert context_ids is not None  # ``check_balanceable`` has seen to it
+            return balanced_order(context_ids.cpu(), self.seed, self.epoch)
+        return epoch_order(self.num_rows, self.shuffle, self.seed, self.epoch)
+
+    def _batch(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        context_ids: Tensor | None,
+        rows: Tensor,
+        *,
+        number: int,
+        places: Tensor,
+        total: int,
+    ) -> Batch:
+        """This process's part of a global batch: augmented, mixed and normalised.
 
         Args:
-            pixels: This process's images of a global batch.
+            pixels: (n, C, H, W), uint8, on the device.
+            labels: (n,), on the device.
+            context_ids: (n,) or (n, T), on the device, or None.
+            rows: (n,), on the device.
             number: Of the global batch in this epoch.
             places: (n,), on the CPU: place of each image in the global batch.
             total: Size of the global batch.
@@ -126,10 +191,19 @@ class Batches(ABC):
         if self.augment is not None:
             seed = stream_seed(self.seed, self.epoch, number)
             images = self.augment(images, seed=seed, places=places, total=total)
+        if self.mixing is not None:
+            seed = stream_seed(self.seed, self.epoch, number, MIXING_STREAM)
+            images, labels, context_ids = self.mixing(
+                images, labels, context_ids, seed=seed, places=places, total=total
+            )
         shape = (1, -1, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
         std = torch.tensor(self.std, device=images.device).view(shape)
-        return images.sub(mean).div_(std).to(self.dtype)
+        batch = {"pixel_values": images.sub(mean).div_(std).to(self.dtype), "labels": labels}
+        if context_ids is not None:
+            batch["context_ids"] = context_ids
+        batch["index"] = rows
+        return batch
 
 
 class DeviceBatches(Batches):
@@ -145,6 +219,8 @@ class DeviceBatches(Batches):
         seed: See ``Batches``.
         drop_last: See ``Batches``.
         augment: See ``Batches``.
+        mixing: See ``Batches``.
+        balance_contexts: See ``Batches``.
         mean: See ``Batches``.
         std: See ``Batches``.
         device: See ``Batches``.
@@ -171,6 +247,8 @@ class DeviceBatches(Batches):
         seed: int = 0,
         drop_last: bool = False,
         augment: Augment | None = None,
+        mixing: Mixing | None = None,
+        balance_contexts: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
@@ -184,6 +262,8 @@ class DeviceBatches(Batches):
             seed=seed,
             drop_last=drop_last,
             augment=augment,
+            mixing=mixing,
+            balance_contexts=balance_contexts,
             mean=mean,
             std=std,
             device=device,
@@ -201,6 +281,10 @@ class DeviceBatches(Batches):
         if context_ids is not None:
             kind = torch.float32 if context_ids.is_floating_point() else torch.int64
             self.context_ids = context_ids.to(self.device, kind)
+        if balance_contexts:
+            check_balanceable(context_ids)
+        if mixing is not None:
+            mixing.check(labels, context_ids)
 
     @property
     def num_rows(self) -> int:
@@ -208,39 +292,37 @@ class DeviceBatches(Batches):
         return len(self.images)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of this epoch, this process's part of each."""
-        order = epoch_order(self.num_rows, self.shuffle, self.seed, self.epoch).to(self.device)
-        for number in range(len(self)):
+        """The batches of this epoch from number ``start`` on, this process's part of each."""
+        order = self._order(self.context_ids).to(self.device)
+        part_of = self._part_of()
+        for number in range(self.start, len(self)):
             whole = order[number * self.batch_size : (number + 1) * self.batch_size]
-            part = process_slice(len(whole), self.num_processes, self.process_index)
+            part = part_of(len(whole))
             mine = whole[part]
-            pixels = self.images.index_select(0, mine)
-            places = torch.arange(part.start, part.stop)
-            batch = {
-                "pixel_values": self._pixel_values(pixels, number, places, len(whole)),
-                "labels": self.labels.index_select(0, mine),
-            }
-            if self.context_ids is not None:
-                batch["context_ids"] = self.context_ids.index_select(0, mine)
-            batch["index"] = self.rows.index_select(0, mine)
-            yield batch
+            yield self._batch(
+                self.images.index_select(0, mine),
+                self.labels.index_select(0, mine),
+                None if self.context_ids is None else self.context_ids.index_select(0, mine),
+                self.rows.index_select(0, mine),
+                number=number,
+                places=torch.arange(part.start, part.stop),
+                total=len(whole),
+            )
+
+    def fingerprint(self) -> str:
+        """Hex digest of all pixels, labels, contexts and rows."""
+        return tensors_fingerprint(images=self.images, labels=self.labels, context_ids=self.context_ids, rows=self.rows)
 
 
-def process_slice(total: int, num_processes: int, process_index: int) -> slice:
-    """The contiguous part of ``total`` images that process ``process_index`` takes; sizes differ by one at most."""
-    return slice(total * process_index // num_processes, total * (process_index + 1) // num_processes)
-
-
-def stream_seed(*numbers: int) -> int:
-    """A 63-bit seed from several numbers of 0 or more, such as (seed, epoch, batch); near ones give unlike seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def epoch_order(num_rows: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
-    """Rows (N,) in the order of an epoch, int64, on the CPU."""
-    if not shuffle:
-        return torch.arange(num_rows)
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
+def check_balanceable(context_ids: Tensor | None) -> None:
+    """Raise ConfigError unless there are hard contexts (N,)."""
+    if context_ids is None:
+        raise ConfigError("balance_contexts needs contexts, and the data has none; say where they come from")
+    if context_ids.is_floating_point():
+        raise ConfigError(
+            "balance_contexts needs one context per image, and the data has weights of several; take the heaviest "
+            "(argmax) as context_ids, or leave balance_contexts out"
+        )
 
 
 def check_channels(channels: int, mean: Sequence[float]) -> None:

@@ -14,10 +14,14 @@ from typing import Any, Literal
 
 import datasets
 import torch
+import torch.utils.data
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from cn_hf.contexts.images import iter_decoded, size_mismatch, stack_arrays
-from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, nearest
+from cn_hf.contexts.images import check_image_options, iter_decoded, size_mismatch, stack_arrays
+from cn_hf.data.loading import find_image_column
+from cn_hf.data.workers import ignore_stop_signals, iterate_loader
+from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError, nearest
 
 __all__ = ["DecodedImages", "OnError", "check_on_error", "decode_images", "image_shape"]
 
@@ -25,6 +29,8 @@ OnError = Literal["raise", "skip"]
 """What to do at an image that cannot be read."""
 
 _ON_ERROR = ("raise", "skip")
+# Rows decoded at once.
+_CHUNK = 256
 # Rows tried in search of an image that can be read.
 _SAMPLE = 256
 
@@ -71,37 +77,77 @@ def decode_images(
         progress: Text before a progress bar; None for none.
 
     Raises:
-        DatasetFileError: An image cannot be read (its row is named), or, with "skip", none can.
+        DatasetFileError: An image cannot be read (its row is named), or, with "skip", none can; a worker process died.
         DatasetError: There is no image column or no row, or images differ in size and none was given.
         ConfigError: An option is unknown or out of range.
     """
     check_on_error(on_error)
+    if num_workers < 0:
+        raise ConfigError(f"num_workers must be 0 or more; got {num_workers}")
     num_rows = len(dataset)
     if num_rows == 0:
         raise DatasetError("the dataset has no rows, so there are no images to decode")
+    chunks = _Chunks(dataset, column, image_mode, check_image_options(image_mode, image_size), on_error == "skip")
+    loader = torch.utils.data.DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=min(num_workers, len(chunks)),
+        collate_fn=_as_it_is,
+        worker_init_fn=ignore_stop_signals,
+    )
     images: Tensor | None = None
     kept: list[int] = []
-    for rows, arrays in iter_decoded(
-        dataset,
-        column,
-        mode=image_mode,
-        size=image_size,
-        num_workers=num_workers,
-        skip_corrupt=on_error == "skip",
-        progress=progress,
-    ):
-        if not rows:
-            continue
-        pixels = stack_arrays(arrays, rows)
-        if images is None:
-            images = torch.empty((num_rows, *pixels.shape[1:]), dtype=torch.uint8)
-        elif pixels.shape[1:] != images.shape[1:]:
-            raise size_mismatch(rows[0], arrays[0].shape, kept[0], images[0].permute(1, 2, 0).shape)
-        images[len(kept) : len(kept) + len(rows)] = pixels
-        kept += rows
+    with tqdm(total=num_rows, desc=progress, unit="image", disable=None if progress else True, leave=False) as bar:
+        for chunk in iterate_loader(loader):
+            if isinstance(chunk, CnHfError):
+                raise chunk
+            rows, pixels = chunk
+            bar.update(min(_CHUNK, num_rows - bar.n))
+            if pixels is None:
+                continue
+            if images is None:
+                images = torch.empty((num_rows, *pixels.shape[1:]), dtype=torch.uint8)
+            elif pixels.shape[1:] != images.shape[1:]:
+                raise size_mismatch(rows[0], _hwc(pixels), kept[0], _hwc(images))
+            images[len(kept) : len(kept) + len(rows)] = pixels
+            kept += rows
     if images is None:
         raise DatasetFileError(f"none of the {num_rows} images can be read")
     return DecodedImages(images=images[: len(kept)], rows=torch.tensor(kept), num_rows=num_rows)
+
+
+class _Chunks(torch.utils.data.Dataset["tuple[list[int], Tensor | None] | CnHfError"]):
+    """A Dataset's images in chunks: the readable rows and their pixels, None where there is none.
+
+    An error comes back as a value, since one raised in a worker arrives wrapped in its traceback.
+    """
+
+    def __init__(
+        self, dataset: Any, column: str | None, mode: str, size: tuple[int, int] | None, skip_corrupt: bool
+    ) -> None:
+        self.dataset = dataset
+        self.column = find_image_column(dataset, column)
+        self.mode = mode
+        self.size = size
+        self.skip_corrupt = skip_corrupt
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // _CHUNK)
+
+    def __getitem__(self, number: int) -> tuple[list[int], Tensor | None] | CnHfError:
+        try:
+            [(rows, arrays)] = iter_decoded(
+                self.dataset,
+                self.column,
+                mode=self.mode,
+                size=self.size,
+                batch_size=_CHUNK,
+                rows=range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.dataset))),
+                skip_corrupt=self.skip_corrupt,
+            )
+            return rows, stack_arrays(arrays, rows) if rows else None
+        except CnHfError as error:
+            return error
 
 
 def image_shape(
@@ -131,3 +177,12 @@ def check_on_error(on_error: str) -> None:
     """Raise ConfigError unless ``on_error`` is "raise" or "skip"."""
     if on_error not in _ON_ERROR:
         raise ConfigError(f"unknown on_error {on_error!r}: {nearest(str(on_error), _ON_ERROR)}")
+
+
+def _hwc(images: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = images.shape
+    return height, width, channels
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk

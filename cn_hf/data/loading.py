@@ -13,15 +13,25 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import numpy.typing as npt
+import torch
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from cn_hf.contexts.access import CONTEXT_COLUMN, features_of
 from cn_hf.contexts.images import find_image_column as image_column_of
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, nearest
 
-__all__ = ["find_image_column", "find_label_column", "label_names", "load_splits", "read_labels", "take_shuffled"]
+__all__ = [
+    "find_image_column",
+    "find_label_column",
+    "label_names",
+    "load_splits",
+    "read_context_ids",
+    "read_labels",
+    "take_shuffled",
+]
 
 # A Dataset or an IterableDataset; a DatasetDict of either. The datasets library is untyped.
 AnyDataset: TypeAlias = Any
@@ -141,7 +151,11 @@ def find_label_column(dataset: AnyDataset, column: str | None = None) -> str:
         return labels[0]
     if not labels:
         raise DatasetError(f"no column of class labels; the columns are {_described(features)}")
-    raise DatasetError(f"{len(labels)} columns hold class labels: {labels}; name one (label_column=...)")
+    counted = [f"{key!r} ({features[key].num_classes} classes)" if key in classes else repr(key) for key in labels]
+    raise DatasetError(
+        f"{len(labels)} columns hold class labels: {', '.join(counted)}; name the one to be learnt, for example "
+        f"label_column={labels[0]!r}"
+    )
 
 
 def label_names(dataset: AnyDataset, column: str) -> tuple[str, ...] | None:
@@ -174,6 +188,21 @@ def read_labels(dataset: AnyDataset, column: str, num_classes: int | None = None
     labels: npt.NDArray[np.int64] = values.to_numpy().astype(np.int64)
     check_labels(labels, range(len(labels)), column, num_classes)
     return labels
+
+
+def read_context_ids(dataset: AnyDataset) -> Tensor | None:
+    """Column ``context_ids`` of a Dataset: (N,) int64, or (N, T) float32 weights; None without that column.
+
+    Raises:
+        DatasetError: An id is missing or out of range; its row is named.
+    """
+    if CONTEXT_COLUMN not in dataset.features:
+        return None
+    feature = dataset.features[CONTEXT_COLUMN]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        weights = dataset.with_format("numpy").select_columns([CONTEXT_COLUMN])[:][CONTEXT_COLUMN]
+        return torch.from_numpy(np.stack(list(weights)).astype(np.float32))
+    return torch.from_numpy(read_labels(dataset, CONTEXT_COLUMN))
 
 
 def check_labels(labels: npt.NDArray[np.int64], rows: Any, column: str, num_classes: int | None) -> None:

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from torch import Tensor
 
 from cn_hf.contexts import CONTEXT_COLUMN, ContextSource, drop_corrupt_images
 from cn_hf.contexts.access import features_of
@@ -25,9 +23,11 @@ from cn_hf.data.loading import (
     find_image_column,
     find_label_column,
     label_names,
+    read_context_ids,
     read_labels,
     take_shuffled,
 )
+from cn_hf.data.mixing import Mixing, MixingConfig
 from cn_hf.data.statistics import ChannelSums
 from cn_hf.data.streaming import StreamedBatches
 from cn_hf.errors import ConfigError, DatasetError, nearest
@@ -79,6 +79,8 @@ def prepare_data(
     image_size: int | tuple[int, int] | None = None,
     image_mode: str = "RGB",
     augment: Augmentation | None = None,
+    mixing: MixingConfig | None = None,
+    balance_contexts: bool = False,
     batch_size: int,
     eval_batch_size: int | None = None,
     drop_last: bool = False,
@@ -108,6 +110,8 @@ def prepare_data(
         image_size: One number or (height, width) to resize to while decoding; None: as stored.
         image_mode: "RGB" or "L".
         augment: For training batches; its resize also for the others.
+        mixing: For training batches alone, whose labels and contexts it turns into weights.
+        balance_contexts: Draw every context equally often in training; see ``Batches``.
         batch_size: Images of a global training batch.
         eval_batch_size: Of the other splits; None: the same.
         drop_last: Leave out the last training batch of an epoch where it is smaller.
@@ -126,7 +130,8 @@ def prepare_data(
     Raises:
         DatasetError: A column is missing, splits disagree about classes, or a label is out of range (row named).
         DatasetFileError: An image cannot be read (row named).
-        ConfigError: An option is out of range, or ``train`` is missing where something must be measured on it.
+        ConfigError: An option is out of range, ``train`` is missing where something must be measured on it, or has no
+            contexts, or no known number of them, where ``balance_contexts`` or ``mixing`` need that.
         ContextSourceError: The source cannot name contexts of this data.
     """
     check_on_error(on_error)
@@ -144,6 +149,7 @@ def prepare_data(
     if mean is None or std is None:
         mean, std = _measured(mean, std, held, readable["train"], image_column, decoding, seed)
     shape = _first_shape(held, readable, image_column, decoding)
+    context_names = _context_names(readable)
     batches: dict[str, Batches] = {}
     for name, split in readable.items():
         training = name == "train"
@@ -153,6 +159,8 @@ def prepare_data(
             "seed": seed,
             "drop_last": drop_last and training,
             "augment": _augment_for(augment, training),
+            "mixing": _mixing_for(mixing, split, num_classes, context_names) if training else None,
+            "balance_contexts": balance_contexts and training,
             "mean": mean,
             "std": std,
             "device": device,
@@ -173,28 +181,13 @@ def prepare_data(
         test=batches.get("test"),
         num_classes=num_classes,
         class_names=class_names,
-        context_names=_context_names(readable),
+        context_names=context_names,
         context_source=context_source,
         input_size=(shape[0], height, width),
         mean=tuple(mean),
         std=tuple(std),
         skipped={name: decoded.skipped for name, decoded in held.items()},
     )
-
-
-def read_context_ids(dataset: Any) -> Tensor | None:
-    """Column ``context_ids`` of a Dataset: (N,) int64, or (N, T) float32 weights; None without that column.
-
-    Raises:
-        DatasetError: An id is missing or out of range; its row is named.
-    """
-    if CONTEXT_COLUMN not in dataset.features:
-        return None
-    feature = dataset.features[CONTEXT_COLUMN]
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        weights = dataset.with_format("numpy").select_columns([CONTEXT_COLUMN])[:][CONTEXT_COLUMN]
-        return torch.from_numpy(np.stack(list(weights)).astype(np.float32))
-    return torch.from_numpy(read_labels(dataset, CONTEXT_COLUMN))
 
 
 def _check_splits(
@@ -331,6 +324,22 @@ def _augment_for(augment: Augmentation | None, training: bool) -> Augmentation |
         return None
     augment = augment if training else augment.evaluation()
     return None if augment.is_identity else augment
+
+
+def _mixing_for(
+    mixing: MixingConfig | None, train: Any, num_classes: int, context_names: tuple[str, ...] | None
+) -> Mixing | None:
+    if mixing is None or mixing.is_identity:
+        return None
+    num_contexts = None if context_names is None else len(context_names)
+    if num_contexts is None and isinstance(features_of(train).get(CONTEXT_COLUMN), datasets.Value):
+        if not isinstance(train, datasets.Dataset):
+            raise ConfigError(
+                f"mixing makes weights of contexts, and column {CONTEXT_COLUMN!r} of this stream holds plain integers, "
+                "so their number is unknown; cast it to datasets.ClassLabel(num_classes=...)"
+            )
+        num_contexts = int(read_labels(train, CONTEXT_COLUMN).max()) + 1
+    return Mixing(mixing, num_classes=num_classes, num_contexts=num_contexts)
 
 
 def _context_names(splits: dict[str, Any]) -> tuple[str, ...] | None:

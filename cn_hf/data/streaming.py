@@ -23,9 +23,13 @@ from torch import Tensor
 from cn_hf.contexts.access import CONTEXT_COLUMN, features_of, raw_batches, raw_features, with_features
 from cn_hf.contexts.images import check_image_options, decode_image, stack_arrays, unreadable
 from cn_hf.data.augment import Augment
-from cn_hf.data.batches import Batch, Batches, epoch_order, process_slice, stream_seed
+from cn_hf.data.batches import Batch, Batches, check_balanceable
+from cn_hf.data.fingerprint import dataset_fingerprint, stream_fingerprint
 from cn_hf.data.images import OnError, check_on_error, image_shape
-from cn_hf.data.loading import check_labels, find_image_column, find_label_column, label_names
+from cn_hf.data.loading import check_labels, find_image_column, find_label_column, label_names, read_context_ids
+from cn_hf.data.mixing import Mixing
+from cn_hf.data.order import stream_seed
+from cn_hf.data.workers import ignore_stop_signals, iterate_loader
 from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError
 
 __all__ = ["StreamedBatches"]
@@ -42,7 +46,7 @@ class StreamedBatches(Batches):
         image_size: One number or (height, width) to resize to; None: as stored, and then all must be of one size.
         image_mode: "RGB" or "L".
         on_error: "raise" at an image that cannot be read, or "skip" it, which leaves its batch smaller; rows skipped
-            in the last epoch are in ``skipped``.
+            in the last pass are in ``skipped``.
         num_samples: Rows of the stream, where known; None: they are counted in a pass over its labels when first
             needed. Not for a Dataset, which knows.
         shuffle_buffer: Rows of a stream (encoded) that shuffling holds in memory.
@@ -52,6 +56,8 @@ class StreamedBatches(Batches):
         seed: See ``Batches``.
         drop_last: See ``Batches``.
         augment: See ``Batches``.
+        mixing: See ``Batches``.
+        balance_contexts: See ``Batches``. Not for a stream.
         mean: See ``Batches``.
         std: See ``Batches``.
         device: See ``Batches``.
@@ -62,7 +68,7 @@ class StreamedBatches(Batches):
     Raises:
         DatasetError: A column is missing, or the dataset is empty. While iterating: a label is out of range, images
             differ in size and no size was given, or the stream has not ``num_samples`` rows.
-        DatasetFileError: While iterating: an image cannot be read; its row is named.
+        DatasetFileError: While iterating: an image cannot be read (its row is named), or a worker process died.
         ConfigError: A value is out of range.
     """
 
@@ -83,6 +89,8 @@ class StreamedBatches(Batches):
         seed: int = 0,
         drop_last: bool = False,
         augment: Augment | None = None,
+        mixing: Mixing | None = None,
+        balance_contexts: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
@@ -96,6 +104,8 @@ class StreamedBatches(Batches):
             seed=seed,
             drop_last=drop_last,
             augment=augment,
+            mixing=mixing,
+            balance_contexts=balance_contexts,
             mean=mean,
             std=std,
             device=device,
@@ -121,6 +131,7 @@ class StreamedBatches(Batches):
         self._num_rows = num_samples if is_stream else len(dataset)
         self._image_shape: tuple[int, ...] | None = None
         self._decoder = _PartDecoder(dataset, image_column, label_column, image_size, image_mode, on_error)
+        self._balanced_ids = self._read_balanced_ids() if balance_contexts else None
 
     @property
     def num_rows(self) -> int:
@@ -131,21 +142,41 @@ class StreamedBatches(Batches):
         return self._num_rows
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of this epoch, this process's part of each."""
+        """The batches of this epoch from number ``start`` on, this process's part of each."""
         self.skipped = ()
         for part in self._parts():
             if isinstance(part, CnHfError):
                 raise part
             self.skipped += part.skipped
-            pixels = self._pixels(part).to(self.device, non_blocking=True)
-            batch = {
-                "pixel_values": self._pixel_values(pixels, part.number, part.places, part.total),
-                "labels": part.labels.to(self.device, non_blocking=True),
-            }
-            if part.context_ids is not None:
-                batch["context_ids"] = part.context_ids.to(self.device, non_blocking=True)
-            batch["index"] = part.rows.to(self.device, non_blocking=True)
-            yield batch
+            if self.mixing is not None:
+                self.mixing.check(part.labels, part.context_ids)
+            pixels = self._pixels(part)
+            yield self._batch(
+                pixels.to(self.device, non_blocking=True),
+                part.labels.to(self.device, non_blocking=True),
+                None if part.context_ids is None else part.context_ids.to(self.device, non_blocking=True),
+                part.rows.to(self.device, non_blocking=True),
+                number=part.number,
+                places=part.places,
+                total=part.total,
+            )
+
+    def fingerprint(self) -> str:
+        """Hex digest of a Dataset's labels, contexts and a sample of its images, or of a stream's first rows."""
+        decoder = self._decoder
+        if self.is_stream:
+            return stream_fingerprint(self.dataset, decoder.columns, decoder.image_column, self.num_rows)
+        return dataset_fingerprint(self.dataset, decoder.image_column, decoder.label_column)
+
+    def _read_balanced_ids(self) -> Tensor | None:
+        if self.is_stream:
+            raise ConfigError(
+                "balance_contexts draws rows by their context, and a stream comes in its own order; load the dataset "
+                "instead (streaming=False), or interleave one stream per context (datasets.interleave_datasets)"
+            )
+        context_ids = read_context_ids(self.dataset)
+        check_balanceable(context_ids)
+        return context_ids
 
     def _pixels(self, part: _Part) -> Tensor:
         """The part's pixels (n, C, H, W), once they are known to have the size of those before; n = 0 for no image."""
@@ -169,31 +200,25 @@ class StreamedBatches(Batches):
         return part.pixels
 
     def _parts(self) -> Iterator[_Part | CnHfError]:
-        on_gpu = self.device.type == "cuda"
+        if self.start and self.start == len(self):
+            return
         if self.is_stream:
             source: torch.utils.data.Dataset[_Part | CnHfError] = _StreamParts(self)
-            workers, sampler = min(self.num_workers, 1), None
+            workers, numbers = min(self.num_workers, 1), None
         else:
-            order = epoch_order(self.num_rows, self.shuffle, self.seed, self.epoch).numpy()
-            batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-            source = _IndexedParts(self, batches)
-            workers, sampler = min(self.num_workers, len(self)), range(len(self))
+            source = _IndexedParts(self, torch.split(self._order(self._balanced_ids), self.batch_size))
+            numbers = range(self.start, len(self))
+            workers = min(self.num_workers, len(numbers))
         loader = torch.utils.data.DataLoader(
             source,
             batch_size=None,
-            sampler=sampler,
+            sampler=numbers,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=on_gpu,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=self.device.type == "cuda",
         )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DatasetFileError(
-                f"a process that decodes images died (out of memory?): {error} Use fewer: num_workers=0"
-            ) from error
+        yield from iterate_loader(loader)
 
 
 class _Part(NamedTuple):
@@ -297,17 +322,16 @@ class _PartDecoder:
 class _IndexedParts(torch.utils.data.Dataset["_Part | CnHfError"]):
     """Parts of a Dataset's batches, by the batch's number."""
 
-    def __init__(self, owner: StreamedBatches, batches: Sequence[npt.NDArray[np.int64]]) -> None:
+    def __init__(self, owner: StreamedBatches, batches: Sequence[Tensor]) -> None:
         raw = with_features(owner.dataset.with_format(None), raw_features(owner.dataset.features))
         self.decoder = owner._decoder
         self.raw = raw.select_columns(self.decoder.columns)
-        self.batches = batches
-        self.num_processes = owner.num_processes
-        self.process_index = owner.process_index
+        self.batches = [batch.numpy() for batch in batches]
+        self.part_of = owner._part_of()
 
     def __getitem__(self, number: int) -> _Part | CnHfError:
         rows = self.batches[number]
-        part = process_slice(len(rows), self.num_processes, self.process_index)
+        part = self.part_of(len(rows))
         mine = rows[part].tolist()
         return self.decoder.part(self.raw[mine], mine, first_place=part.start, number=number, total=len(rows))
 
@@ -325,8 +349,8 @@ class _StreamParts(torch.utils.data.IterableDataset["_Part | CnHfError"]):
         self.batch_size = owner.batch_size
         self.drop_last = owner.drop_last
         self.num_rows = owner._num_rows
-        self.num_processes = owner.num_processes
-        self.process_index = owner.process_index
+        self.start = owner.start
+        self.part_of = owner._part_of()
         self.num_threads = owner.num_workers
 
     def __iter__(self) -> Iterator[_Part | CnHfError]:
@@ -338,7 +362,9 @@ class _StreamParts(torch.utils.data.IterableDataset["_Part | CnHfError"]):
                 count += len(rows)
                 if self.drop_last and len(rows) < self.batch_size:
                     break
-                part = process_slice(len(rows), self.num_processes, self.process_index)
+                if number < self.start:
+                    continue
+                part = self.part_of(len(rows))
                 mine = {name: values[part] for name, values in columns.items()}
                 yield self.decoder.part(
                     mine, rows[part], first_place=part.start, number=number, total=len(rows), threads=threads

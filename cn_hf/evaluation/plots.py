@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CURVE_PANELS", "plot_context_statistics", "plot_protocols", "plot_training_curves"]
+__all__ = [
+    "COLORS",
+    "CURVE_PANELS",
+    "KIND_COLORS",
+    "curve_points",
+    "new_figure",
+    "plot_context_statistics",
+    "plot_protocols",
+    "plot_training_curves",
+    "quiet_axes",
+    "save_figure",
+    "spread_scale",
+]
 
 CURVE_PANELS = {
     "train_loss": "training loss",
@@ -33,9 +45,9 @@ CURVE_PANELS = {
 """Columns of a history drawn by default, and what their axes are called."""
 
 # Paul Tol's "bright" and "muted" schemes, told apart by colour-blind readers too.
-_COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#882255", "#999933", "#332288", "#777777")
+COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#882255", "#999933", "#332288", "#777777")
 _LINE_STYLES = ("-", "--", ":", "-.")
-_KIND_COLORS: dict[RowKind, str] = {
+KIND_COLORS: dict[RowKind, str] = {
     "true contexts": "#228833",
     "deployable": "#4477AA",
     "control": "#BBBBBB",
@@ -70,7 +82,7 @@ def plot_training_curves(
         ConfigError: there is nothing to draw.
     """
     curves = {
-        quantity: {name: points for name, history in runs.items() if (points := _points(history, quantity))}
+        quantity: {name: points for name, history in runs.items() if (points := curve_points(history, quantity))}
         for quantity in panels
     }
     curves = {quantity: lines for quantity, lines in curves.items() if lines}
@@ -79,12 +91,12 @@ def plot_training_curves(
             f"no run has any of {', '.join(panels)}; pass, per run, epochs with 'epoch' and these quantities"
         )
     styles = {
-        name: (_COLORS[index % len(_COLORS)], _LINE_STYLES[(index // len(_COLORS)) % len(_LINE_STYLES)])
+        name: (COLORS[index % len(COLORS)], _LINE_STYLES[(index // len(COLORS)) % len(_LINE_STYLES)])
         for index, name in enumerate(runs)
     }
     width = 0.6 + 4.2 * len(curves)
     columns = max(1, min(len(runs), int(width / (0.7 + 0.085 * max(map(len, runs))))))  # inches of a legend entry
-    figure = _figure(width=width, height=3.4 + 0.22 * math.ceil(len(runs) / columns))
+    figure = new_figure(width=width, height=3.4 + 0.22 * math.ceil(len(runs) / columns))
     handles: dict[str, Any] = {}
     for axes, (quantity, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         handles |= _draw_lines(axes, lines, styles)
@@ -96,7 +108,7 @@ def plot_training_curves(
         )
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_protocols(report: ProtocolReport, path: str | Path, *, title: str | None = None) -> Path:
@@ -113,7 +125,7 @@ def plot_protocols(report: ProtocolReport, path: str | Path, *, title: str | Non
     from matplotlib.patches import Patch
 
     rows = report.rows
-    figure = _figure(width=3.0 + 4.4 * len(report.top_k), height=1.4 + 0.36 * len(rows))
+    figure = new_figure(width=3.0 + 4.4 * len(report.top_k), height=1.4 + 0.36 * len(rows))
     all_axes = figure.subplots(1, len(report.top_k), squeeze=False, sharey=True)[0]
     for axes, k in zip(all_axes, report.top_k, strict=True):
         for position, row in enumerate(rows):
@@ -122,7 +134,7 @@ def plot_protocols(report: ProtocolReport, path: str | Path, *, title: str | Non
                 axes.text(1, position, "not available", va="center", fontsize=8, color="#666666")
                 continue
             low, high = min(error, accuracy), min(error, 1 - accuracy)
-            axes.barh(position, 100 * accuracy, color=_KIND_COLORS[row.kind], height=0.7)
+            axes.barh(position, 100 * accuracy, color=KIND_COLORS[row.kind], height=0.7)
             axes.errorbar(100 * accuracy, position, xerr=[[100 * low], [100 * high]], color="#333333", linewidth=1)
             axes.text(100 * (accuracy + high) + 1, position, f"{100 * accuracy:.1f}", va="center", fontsize=8)
         axes.set_xlim(0, 112)
@@ -131,15 +143,15 @@ def plot_protocols(report: ProtocolReport, path: str | Path, *, title: str | Non
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.tick_params(axis="y", length=0)
-        _quiet(axes)
+        quiet_axes(axes)
         axes.grid(visible=False, axis="y")
     kinds = list(dict.fromkeys(row.kind for row in rows))
     figure.legend(
-        [Patch(color=_KIND_COLORS[kind]) for kind in kinds], kinds, loc="outside lower center", ncols=5, frameon=False
+        [Patch(color=KIND_COLORS[kind]) for kind in kinds], kinds, loc="outside lower center", ncols=5, frameon=False
     )
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_context_statistics(
@@ -177,7 +189,7 @@ def plot_context_statistics(
     deviation = (var + layer.eps).sqrt()
     names = [str(name) for name in (range(layer.num_contexts) if context_names is None else context_names)]
     num_contexts, num_features = mean.shape
-    figure = _figure(
+    figure = new_figure(
         width=2.0 + 2 * min(5.0, max(2.2, 0.55 * num_features)),
         height=1.5 + min(8.0, max(1.2, 0.3 * num_contexts)),
     )
@@ -189,7 +201,7 @@ def plot_context_statistics(
     all_axes[0].set_ylabel("context")
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _heat_map(figure: Figure, axes: Axes, values: torch.Tensor, label: str, *, center: float | None) -> None:
@@ -248,12 +260,12 @@ def _draw_lines(
     axes.set_xlim(min(met) - margin, max(met) + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
-    _spread_scale(axes, [value for points in lines.values() for _, value in points])
-    _quiet(axes)
+    spread_scale(axes, [value for points in lines.values() for _, value in points])
+    quiet_axes(axes)
     return handles
 
 
-def _points(history: Sequence[Mapping[str, float | None]], quantity: str) -> list[tuple[float, float]]:
+def curve_points(history: Sequence[Mapping[str, float | None]], quantity: str) -> list[tuple[float, float]]:
     """(epoch, value) pairs of a history; NaN for values that are not finite, which leaves a gap in the line."""
     points = []
     for number, record in enumerate(history, start=1):
@@ -267,7 +279,7 @@ def _points(history: Sequence[Mapping[str, float | None]], quantity: str) -> lis
     return points
 
 
-def _spread_scale(axes: Axes, values: Sequence[float]) -> None:
+def spread_scale(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic scale where values span more than two decades, as losses of a run that diverged do."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) > 100:
@@ -278,7 +290,8 @@ def _shortened(name: str, length: int = 28) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _figure(*, width: float, height: float) -> Figure:
+def new_figure(*, width: float, height: float) -> Figure:
+    """An empty figure, in inches, drawn without a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -288,13 +301,15 @@ def _figure(*, width: float, height: float) -> Figure:
     return figure
 
 
-def _quiet(axes: Axes) -> None:
+def quiet_axes(axes: Axes) -> None:
+    """Thin grid lines behind what is drawn, and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return write_whole(path, content.getvalue())

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, InputShapeError
-from cn_hf.norm.em import Mixture, fit_mixture, full_precision, seed_mixture, statistics_dtype
+from cn_hf.norm.em import (
+    Mixture,
+    data_shift,
+    fit_mixture,
+    full_precision,
+    place_among_processes,
+    seed_mixture,
+    statistics_dtype,
+)
 from cn_hf.norm.functional import mixture_norm
 from cn_hf.norm.layers import FeatureNorm, check_feature_dim, check_features
+from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_forward
 
 __all__ = ["FeatureBatchNorm", "MixtureNorm"]
-
-
-def _recomputing() -> bool:
-    """Whether activation checkpointing is running a forward a second time, during backward."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class MixtureNorm(FeatureNorm):
@@ -126,9 +129,7 @@ class MixtureNorm(FeatureNorm):
             return mixture_norm(
                 x, theta, statistics=running, eps=self.eps, feature_dim=self.feature_dim, weight=weight, bias=bias
             )[0]
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if x.numel() == 0 and not distributed:
-            raise InputShapeError(f"MixtureNorm cannot train on an empty batch, received shape {tuple(x.shape)}.")
+        distributed = several_processes()
         theta = self._fit(x, theta, distributed)
         out, (mean, var) = mixture_norm(
             x, theta, eps=self.eps, feature_dim=self.feature_dim, weight=weight, bias=bias, distributed=distributed
@@ -145,41 +146,43 @@ class MixtureNorm(FeatureNorm):
         dtype = statistics_dtype(x, self.theta_mean)
         with full_precision(x.device):
             vectors = x.detach().movedim(self.feature_dim, -1).reshape(-1, self.num_features)
-            world = dist.get_world_size() if distributed else 1
-            vectors = self._thinned(vectors, math.ceil(len(vectors) * world / self.max_vectors)).to(dtype)
-            fingerprint = vectors.sum()
-            if _recomputing():
-                known = [fitted for mark, fitted in self._fitted if bool(mark == fingerprint)]
+            first, total = place_among_processes(len(vectors), x.device) if distributed else (0, len(vectors))
+            if total == 0:
+                raise InputShapeError(f"MixtureNorm cannot train on an empty batch, received shape {tuple(x.shape)}.")
+            vectors = self._thinned(vectors, first, total).to(dtype)
+            shift = data_shift(vectors, distributed)
+            if recomputing():  # the shift tells batches apart, in the same way on all processes
+                known = [fitted for mark, fitted in self._fitted if torch.equal(mark, shift)]
                 if known:
                     return known[-1]
             iterations = self.em_iterations
+            options: dict[str, Any] = {"shift": shift, "reg_covar": self.reg_covar, "distributed": distributed}
             if not self._seeded:
                 iterations = self.seed_iterations
-                theta = seed_mixture(
-                    vectors, self.num_components, seed=self.seed, reg_covar=self.reg_covar, distributed=distributed
-                )
-            fitted = fit_mixture(
-                vectors,
-                *theta[:3],
-                num_iterations=iterations,
-                tol=None,
-                reg_covar=self.reg_covar,
-                distributed=distributed,
-            )
-            self._fitted.append((fingerprint, fitted))
+                theta = seed_mixture(vectors, self.num_components, seed=self.seed, **options)
+            fitted = fit_mixture(vectors, *theta[:3], num_iterations=iterations, tol=None, **options)
+            self._fitted.append((shift, fitted))
             return fitted
 
-    def _thinned(self, vectors: Tensor, step: int) -> Tensor:
-        """One vector of each ``step`` in a row, at fixed random places: equal spacing would follow a map's columns."""
+    def _thinned(self, vectors: Tensor, first: int, total: int) -> Tensor:
+        """One vector of each few in a row, at fixed random places: equal spacing would follow a map's columns.
+
+        Args:
+            vectors: ``(M, C)``, this process's.
+            first: place of its first vector among those of all processes.
+            total: number of those.
+        """
+        step = math.ceil(total / self.max_vectors)
         if step <= 1:
             return vectors
-        starts = torch.arange(0, len(vectors) - step + 1, step, device=vectors.device)
-        generator = torch.Generator(vectors.device).manual_seed(self.seed)
-        return vectors[starts + torch.randint(step, starts.shape, generator=generator, device=vectors.device)]
+        starts = torch.arange(0, total - step + 1, step)
+        generator = torch.Generator().manual_seed(self.seed)
+        places = starts + torch.randint(step, starts.shape, generator=generator) - first
+        return vectors[places[(places >= 0) & (places < len(vectors))].to(vectors.device)]
 
     @torch.no_grad()
     def _track(self, theta: Mixture, mean: Tensor, var: Tensor) -> None:
-        if _recomputing():
+        if recomputing():
             return
         momentum = self.momentum if self._seeded else 1.0
         for buffer, value in (
@@ -205,6 +208,8 @@ class MixtureNorm(FeatureNorm):
 
 class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalization (Eqs. 1-3) along any feature axis: the baseline BN for maps and for tokens.
+
+    Where a process group is initialised, training statistics are those of all processes' batches together.
 
     Args:
         num_features: ``C``.
@@ -241,8 +246,11 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``."""
         check_features(self, x)
+        if self.training and several_processes():
+            out: Tensor = synchronized_forward(self, x, feature_dim=self.feature_dim)
+            return out
         moved = x.movedim(self.feature_dim, 1)
-        if self.training and _recomputing():  # the running statistics have moved in the first forward
+        if self.training and recomputing():  # the running statistics have moved in the first forward
             running = (cast(Tensor, self.running_mean).clone(), cast(Tensor, self.running_var).clone())
             out = F.batch_norm(moved, *running, self.weight, self.bias, True, 0.0, self.eps)
         else:

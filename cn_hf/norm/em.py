@@ -22,6 +22,7 @@ from cn_hf.errors import InputTypeError
 __all__ = [
     "Mixture",
     "MixtureStatistics",
+    "data_shift",
     "fit_mixture",
     "full_precision",
     "gaussian_log_density",
@@ -29,6 +30,7 @@ __all__ = [
     "log_posteriors",
     "mixture_statistics",
     "mixture_update",
+    "place_among_processes",
     "posteriors",
     "seed_mixture",
     "statistics_dtype",
@@ -160,6 +162,27 @@ def sum_over_processes(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
+def place_among_processes(count: int, device: torch.device) -> tuple[int, int]:
+    """Place of this process's first vector among those of all processes in rank order, and the number of those.
+
+    Args:
+        count: vectors of this process.
+        device: one the process group can send from.
+    """
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(count, dtype=torch.int64, device=device))
+    values = [int(value) for value in counts]
+    return sum(values[: dist.get_rank()]), sum(values)
+
+
+def data_shift(x: Tensor, distributed: bool = False) -> Tensor:
+    """The mean ``(C,)`` of vectors ``(M, C)``, those of all processes if asked: what statistics are taken about."""
+    total = torch.cat([x.sum(dim=0), x.new_full((1,), len(x))])
+    if distributed:
+        dist.all_reduce(total)
+    return total[:-1] / total[-1].clamp_min(1)
+
+
 def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, shift: Tensor) -> MixtureStatistics:
     """E-step on a chunk of vectors.
 
@@ -227,7 +250,7 @@ def kmeans_plusplus(x: Tensor, num_components: int, *, seed: int = 0, distribute
         ``(K, C)``, float32 at least.
     """
     x = x.to(statistics_dtype(x))
-    first, total = _place_among_processes(len(x), x.device) if distributed else (0, len(x))
+    first, total = place_among_processes(len(x), x.device) if distributed else (0, len(x))
     if total == 0:
         raise InputTypeError("k-means++ needs at least one vector, received none.")
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -244,13 +267,6 @@ def kmeans_plusplus(x: Tensor, num_components: int, *, seed: int = 0, distribute
     return torch.stack(centers)
 
 
-def _place_among_processes(count: int, device: torch.device) -> tuple[int, int]:
-    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor(count, dtype=torch.int64, device=device))
-    values = [int(value) for value in counts]
-    return sum(values[: dist.get_rank()]), sum(values)
-
-
 def _argmax_vector(x: Tensor, score: Tensor, distributed: bool) -> Tensor:
     if not distributed:
         return x.index_select(0, score.argmax().view(1))[0]
@@ -264,15 +280,14 @@ def _argmax_vector(x: Tensor, score: Tensor, distributed: bool) -> Tensor:
     return rows.index_select(0, rows[:, 0].argmax().view(1))[0, 1:]
 
 
-def _data_shift(x: Tensor, distributed: bool) -> Tensor:
-    total = torch.cat([x.sum(dim=0), x.new_full((1,), len(x))])
-    if distributed:
-        dist.all_reduce(total)
-    return total[:-1] / total[-1]
-
-
 def seed_mixture(
-    x: Tensor, num_components: int, *, seed: int = 0, reg_covar: float = 1e-6, distributed: bool = False
+    x: Tensor,
+    num_components: int,
+    *,
+    seed: int = 0,
+    reg_covar: float = 1e-6,
+    distributed: bool = False,
+    shift: Tensor | None = None,
 ) -> Mixture:
     """A start for EM: k-means++ centres, then one M-step with every vector given to its nearest centre.
 
@@ -282,13 +297,14 @@ def seed_mixture(
         seed: of k-means++.
         reg_covar: added to every variance.
         distributed: over the vectors of all processes.
+        shift: ``data_shift`` of the vectors, where the caller has it.
 
     Returns:
         The start; its ``log_likelihood`` is nan.
     """
     x = x.to(statistics_dtype(x))
     centers = kmeans_plusplus(x, num_components, seed=seed, distributed=distributed)
-    shift = _data_shift(x, distributed)
+    shift = data_shift(x, distributed) if shift is None else shift
     nearest = gaussian_log_density(x, centers, torch.ones_like(centers)).argmax(dim=1)
     stats = _weighted_statistics(x, F.one_hot(nearest, num_components).to(x.dtype), x.new_zeros(()), shift)
     if distributed:
@@ -307,6 +323,7 @@ def fit_mixture(
     tol: float | None = 1e-3,
     reg_covar: float = 1e-6,
     distributed: bool = False,
+    shift: Tensor | None = None,
 ) -> Mixture:
     """Expectation maximisation from a given start, on the device of ``x``.
 
@@ -319,12 +336,13 @@ def fit_mixture(
         tol: stop once the mean log-likelihood changes by less; None runs all iterations and never waits for the device.
         reg_covar: added to every variance.
         distributed: sum the statistics over all processes of the default group.
+        shift: ``data_shift`` of the vectors, where the caller has it.
 
     Returns:
         The fitted mixture.
     """
     x = x.to(statistics_dtype(x, mean))
-    shift = _data_shift(x, distributed)
+    shift = data_shift(x, distributed) if shift is None else shift
     log_likelihood, previous, iterations = x.new_full((), -math.inf), -math.inf, 0
     while iterations < num_iterations:
         iterations += 1

@@ -24,6 +24,7 @@ from cn_hf.norm.em import (
     Mixture,
     MixtureStatistics,
     SumOverProcesses,
+    data_shift,
     fit_mixture,
     full_precision,
     gaussian_log_density,
@@ -202,10 +203,9 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     """
     detached = log_tau.detach()
     peak = detached.amax(dim=0) if len(detached) else detached.new_full(detached.shape[1:], -math.inf)
-    shift = x.detach().mean(dim=0) if len(x) else x.new_zeros(x.shape[1])
+    shift = data_shift(x.detach(), distributed)
     if distributed:
         peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
-        shift = reduce_over_processes(shift, dist.ReduceOp.SUM) / dist.get_world_size()
     with full_precision(x.device):
         weight = (log_tau - peak).exp()
         centered = x - shift

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 import cn_hf
@@ -20,35 +20,52 @@ from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import ContextSourceLike, RoutedModel
+from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import check_network_name, create_network
+from cn_hf.training.preview import preview
 from cn_hf.training.results import (
     ClassifierRun,
-    check_writable,
     data_in_words,
     network_in_words,
     run_name,
     run_title,
     write_run,
 )
+from cn_hf.training.run_folder import CHECKPOINTS, claim_folder
 from cn_hf.training.sources import class_counts, load_data
 from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.tracking import check_trackers, start_trackers
 
 __all__ = ["build_classifier", "start_norms", "train_classifier"]
 
 
-def train_classifier(config: TrainingConfig) -> ClassifierRun:
+def train_classifier(
+    config: TrainingConfig, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> ClassifierRun | None:
     """Train and evaluate an image classifier as ``config`` says; write the results where it names a folder.
 
     Call it from every process of an ``accelerate launch``; the main one prints and writes.
 
+    Args:
+        config: Everything that decides the run.
+        resume: Go on with the run in the output folder from its last checkpoint, or start it if there is none.
+        overwrite: Remove the run that the output folder holds first.
+        dry_run: Only print the config, what the data holds and what is patched, and draw the first batch.
+
+    Returns:
+        What the run made; None after a dry run, and where ``resume`` met a finished run (see its ``results.json``).
+
     Raises:
         CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
     """
+    check_trackers(config.trackers, has_folder=config.output_dir is not None)
     accelerator = make_accelerator(config)
-    if config.output_dir is not None and accelerator.is_main_process:
-        check_writable(Path(config.output_dir))
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    if folder is not None and not dry_run and _claimed(folder, config, accelerator, resume, overwrite):
+        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+        return None
     check_network_name(config.model)
     data = load_data(config, accelerator)
     accelerator.print(data_in_words(data))
@@ -57,15 +74,20 @@ def train_classifier(config: TrainingConfig) -> ClassifierRun:
             f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
         )
     model = build_classifier(config, data)
+    if dry_run:
+        if accelerator.is_main_process:
+            print(preview(config, model, data, folder=folder))
+        return None
     accelerator.print(network_in_words(config, model))
-    folder = None if config.output_dir is None else Path(config.output_dir)
+    start_trackers(accelerator, config, folder, step=0 if folder is None else newest_step(folder / CHECKPOINTS))
     name = run_name(config)
-    histories = {name: _fit(model, data, config, accelerator, name, folder)}
+    histories = {name: _fit(model, data, config, accelerator, name, folder, resume)}
     baseline: nn.Module | None = None
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
         baseline = build_classifier(plain, data)
-        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", None)
+        baseline_folder = None if folder is None else folder / "baseline"
+        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", baseline_folder, resume)
     report = _evaluate(config, model, baseline, data, accelerator)
     run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
     if report is not None:
@@ -76,6 +98,13 @@ def train_classifier(config: TrainingConfig) -> ClassifierRun:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run
+
+
+def _claimed(folder: Path, config: TrainingConfig, accelerator: Accelerator, resume: bool, overwrite: bool) -> bool:
+    """Whether the folder holds this run finished, after the main process has made it this run's; the same in all."""
+    finished = [accelerator.is_main_process and claim_folder(folder, config, resume=resume, overwrite=overwrite)]
+    broadcast_object_list(finished)
+    return finished[0]
 
 
 def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:
@@ -126,6 +155,7 @@ def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> b
         return False
     whole = copy.copy(batches)
     whole.num_processes, whole.process_index = 1, 0
+    whole.mixing = None  # statistics of each context are those of its own images
     whole.set_epoch(0)
     chosen = [dict(batch) for batch in itertools.islice(whole, config.calibration_batches)]
     # An embedder narrower than the contexts still starts as near to them as it can.
@@ -159,6 +189,7 @@ def _fit(
     accelerator: Accelerator,
     name: str,
     folder: Path | None,
+    resume: bool,
 ) -> History:
     assert data.train is not None
     return fit(
@@ -168,6 +199,7 @@ def _fit(
         config=config,
         accelerator=accelerator,
         output_dir=folder,
+        resume=resume,
         description=name,
     )
 

@@ -1,7 +1,7 @@
 """The command line of a training script: one option for every field of ``TrainingConfig``, and ``--config FILE``.
 
 The options come from the dataclass itself, so that no field can lack one. What is given on the command line overrides
-the file.
+the file. ``--resume``, ``--overwrite`` and ``--dry-run`` say what to do with the config, and are no part of it.
 """
 
 from __future__ import annotations
@@ -23,33 +23,46 @@ from cn_hf.training.config import TrainingConfig, read_options_file
 __all__ = ["config_command", "training_app"]
 
 
-def training_app(run: Callable[[TrainingConfig], object], *, help: str) -> typer.Typer:
-    """A command-line program that reads a ``TrainingConfig`` and calls ``run`` with it."""
+FLAGS = {
+    "resume": "Go on with the run in the output folder from its last checkpoint; start it if there is none.",
+    "overwrite": "Remove the run that the output folder holds, and start.",
+    "dry_run": "Train nothing: print config, contexts and slots, and draw the first batch.",
+}
+
+
+def training_app(run: Callable[..., object], *, help: str) -> typer.Typer:
+    """A command-line program that reads a ``TrainingConfig`` and calls ``run`` with it and all of ``FLAGS``."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=help)(config_command(run))
     return app
 
 
-def config_command(run: Callable[[TrainingConfig], object]) -> Callable[..., None]:
-    """``run(config)`` as a function with one keyword per config field, in the form typer reads."""
+def config_command(run: Callable[..., object]) -> Callable[..., None]:
+    """``run(config, **flags)`` as a function with one keyword per config field and flag, in the form typer reads."""
     hints = typing.get_type_hints(TrainingConfig)
     fields = dataclasses.fields(TrainingConfig)
     mappings = {field.name for field in fields if typing.get_origin(hints[field.name]) is dict}
 
     def command(config: Path | None, **given: Any) -> None:
+        flags = {name: given.pop(name) for name in FLAGS}
         options = {} if config is None else read_options_file(config)
         for name, value in given.items():
             # typer gives an empty list for a repeatable option that was not given
             if value is None or value == []:
                 continue
             options[name] = {**options.get(name, {}), **_read_pairs(name, value)} if name in mappings else value
-        run(TrainingConfig.from_dict(options))
+        run(TrainingConfig.from_dict(options), **flags)
 
     file_option = typer.Option("--config", help="YAML or JSON file of options; the command line overrides it.")
     annotations: dict[str, Any] = {"config": Annotated[Path | None, file_option]}
+    annotations |= {
+        name: Annotated[bool, typer.Option("--" + name.replace("_", "-"), help=text)] for name, text in FLAGS.items()
+    }
     annotations |= {field.name: _annotation(field, hints[field.name]) for field in fields}
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False if name in FLAGS else None, annotation=annotation
+        )
         for name, annotation in annotations.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it from there

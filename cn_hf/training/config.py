@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CALIBRATE", "MIXED_PRECISIONS", "OPTIMIZERS", "PLACEMENTS", "SCHEDULES", "TrainingConfig", "option"]
 
+# Options that a resumed run may be given anew: none of them changes what is learned.
+FREE_ON_RESUME = ("output_dir", "progress", "checkpoint_steps", "keep_checkpoints", "trackers", "num_workers", "memory")
+
 OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 CALIBRATE = ("auto", "always", "never")
@@ -60,6 +63,7 @@ class TrainingConfig:
     pretrained: bool = option("start from the published weights", False, section="network")
 
     dataset: tuple[str, ...] = option("load_dataset id or folder; several are blended", (), section="data")
+    dataset_config: str | None = option("configuration of the dataset, where it has several", None, section="data")
     train_split: str = option("split to train on", "train", section="data")
     validation_split: str | None = option("split to validate on; else a part of train", None, section="data")
     test_split: str = option("split to report on", "test", section="data")
@@ -78,14 +82,22 @@ class TrainingConfig:
     augment_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=about("options of AugmentationConfig", "data")
     )
+    mixup: float = option("alpha of mixup; 0: none", 0.0, section="data")
+    cutmix: float = option("alpha of CutMix; 0: none", 0.0, section="data")
+    mix_probability: float = option("part of the image pairs that are mixed", 1.0, section="data")
+    mix_switch_probability: float = option("where both are on, part that is cut-mixed", 0.5, section="data")
     mean: tuple[float, ...] = option("mean of each channel, white being 1; else measured", (), section="data")
     std: tuple[float, ...] = option("standard deviation of each channel; else measured", (), section="data")
     drop_last: bool = option("leave out the last batch of an epoch where it is smaller", False, section="data")
+    streaming: bool = option("read the dataset as a stream, never storing it", False, section="data")
+    memory: float = option("GiB of decoded images to hold; larger splits are read as used", 4.0, section="data")
+    num_workers: int = option("processes (a stream: threads) that decode images; 0: none", 0, section="data")
 
     mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "none", section="contexts")
     where: tuple[str, ...] = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
     contexts: str = option("where contexts come from, e.g. column:coarse_label", "none", section="contexts")
     num_contexts: int | None = option("number of contexts, where the source leaves it open", None, section="contexts")
+    balance_contexts: bool = option("train on every context equally often", False, section="contexts")
     norm_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=about("further options of ContextNormConfig", "contexts")
     )
@@ -98,6 +110,7 @@ class TrainingConfig:
 
     epochs: int = option("passes over the training images", 100, section="training")
     batch_size: int = option("images per step, over all processes", 256, section="training")
+    accumulation_steps: int = option("parts a step's images go through the network in", 1, section="training")
     optimizer: str = option("rmsprop, sgd, adam or adamw", "rmsprop", section="training")
     learning_rate: float = option("highest learning rate", 1e-3, section="training")
     momentum: float = option("momentum of rmsprop and sgd", 0.9, section="training")
@@ -112,15 +125,24 @@ class TrainingConfig:
     minimum_learning_rate: float = option("where the cosine ends", 0.0, section="training")
     step_epochs: tuple[int, ...] = option("epochs after which the step schedule drops", (), section="training")
     step_factor: float = option("factor of each drop", 0.1, section="training")
+    clip_grad_norm: float | None = option("largest norm of the gradient", None, section="training")
     label_smoothing: float = option("label smoothing", 0.0, section="training")
+    ema_decay: float | None = option(
+        "average the weights with this decay a step, and validate and keep the averages", None, section="training"
+    )
     patience: int | None = option("stop after so many epochs without a better validation", None, section="training")
     keep_best: bool = option("end with the weights of the best validation epoch", True, section="training")
     mixed_precision: str | None = option("no, fp16 or bf16; else the launcher's", None, section="training")
+    compile: bool = option("torch.compile the network", False, section="training")
+    channels_last: bool = option("images and convolutions in channels-last layout", False, section="training")
     seed: int = option("seed of weights, data order and augmentation", 0, section="training")
 
     baseline: bool = option("also train the same network without contexts, for the leak check", False, section="output")
     progress: bool = option("show a progress bar", True, section="output")
-    output_dir: str | None = option("folder for checkpoint, results.json and curves", None, section="output")
+    trackers: tuple[str, ...] = option("tensorboard, wandb, trackio, ... if installed", (), section="output")
+    checkpoint_steps: int | None = option("steps between checkpoints; else one per epoch", None, section="output")
+    keep_checkpoints: int = option("how many of them are kept", 2, section="output")
+    output_dir: str | None = option("folder for checkpoints, results.json and curves", None, section="output")
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -143,18 +165,22 @@ class TrainingConfig:
         at_least = {
             "image_size": 1, "decode_size": 1, "max_train_images": 1, "max_test_images": 1, "num_contexts": 1,
             "calibration_batches": 1, "epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_epochs": 0.0,
-            "minimum_learning_rate": 0.0, "patience": 1, "seed": 0,
+            "minimum_learning_rate": 0.0, "patience": 1, "seed": 0, "accumulation_steps": 1, "mixup": 0.0,
+            "cutmix": 0.0, "num_workers": 0, "memory": 0.0, "checkpoint_steps": 1, "keep_checkpoints": 1,
         }  # fmt: skip
         for name, minimum in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise ConfigError(f"{name} must be at least {minimum}, got {value}")
-        for name in ("momentum", "validation_fraction", "label_smoothing"):
-            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+        for name in ("momentum", "validation_fraction", "label_smoothing", "ema_decay"):
+            if (value := getattr(self, name)) is not None and not 0.0 <= value < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), got {value}")
-        for name in ("learning_rate", "step_factor"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("mix_probability", "mix_switch_probability"):
+            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
+                raise ConfigError(f"{name} must be in [0, 1], got {value}")
+        for name in ("learning_rate", "step_factor", "clip_grad_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ConfigError(f"{name} must be positive, got {value}")
 
     def _check_agreement(self) -> None:
         if any(epoch < 1 for epoch in self.step_epochs) or list(self.step_epochs) != sorted(set(self.step_epochs)):
@@ -163,6 +189,8 @@ class TrainingConfig:
             raise ConfigError(
                 f"mean and std need one value per channel each, std positive; got {self.mean}, {self.std}"
             )
+        if self.accumulation_steps > self.batch_size:
+            raise ConfigError(f"accumulation_steps {self.accumulation_steps} is more than batch_size {self.batch_size}")
         if self.schedule == "step" and not self.step_epochs:
             raise ConfigError("schedule 'step' needs step_epochs, e.g. 60 80")
         if self.warmup_epochs > self.epochs:
@@ -204,6 +232,15 @@ class TrainingConfig:
         if count is not None:
             options["num_contexts"] = count
         return ContextNormConfig.from_dict({**options, "context_names": context_names})
+
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Options in which a run with ``other`` (from ``to_dict``) would learn something else: name to (other's, own).
+
+        An option that ``other`` does not hold, as one from an older version, counts as its default.
+        """
+        own, default = self.to_dict(), TrainingConfig(model=self.model).to_dict()
+        pairs = {name: (other.get(name, default[name]), value) for name, value in own.items()}
+        return {name: pair for name, pair in pairs.items() if name not in FREE_ON_RESUME and pair[0] != pair[1]}
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some options changed, validated again."""

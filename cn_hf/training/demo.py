@@ -47,7 +47,8 @@ from cn_hf.training.config import TrainingConfig
 from cn_hf.training.demo_data import DOMAINS, digits_in_two_domains, write_sample_sheet
 from cn_hf.training.history import History
 from cn_hf.training.networks import create_network, timm_arguments
-from cn_hf.training.results import check_writable, data_in_words, network_facts
+from cn_hf.training.results import data_in_words, network_facts
+from cn_hf.training.run_folder import check_writable
 from cn_hf.training.sources import class_counts
 from cn_hf.training.supervised import fit, make_accelerator
 

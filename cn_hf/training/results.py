@@ -2,13 +2,12 @@
 
 Under its output folder a run leaves ``results.json`` (config, data, history, evaluation, environment), ``table.md``,
 ``curves.png``, ``protocols.png``, ``config.yaml`` and ``checkpoint/``, which ``cn_hf.from_pretrained`` loads (without
-contexts: the network's own library).
+contexts: the network's own library), beside the ``checkpoints/`` that it can be resumed from.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import save_plain, timm_arguments
+from cn_hf.training.run_folder import RESULTS
 
 __all__ = [
     "ClassifierRun",
-    "check_writable",
     "data_in_words",
     "network_facts",
     "network_in_words",
@@ -66,21 +65,6 @@ def run_name(config: TrainingConfig) -> str:
     return names.get(config.mode, config.mode.upper())
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder and try to write into it, better before training than after.
-
-    Raises:
-        CheckpointError: It cannot be written to.
-    """
-    probe = folder / f".writable.{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"output_dir {folder} cannot be written to: {error}; give another folder") from error
-
-
 def write_run(run: ClassifierRun, folder: Path) -> None:
     """Write everything a run leaves behind, each file whole or not at all; other files in the folder stay.
 
@@ -98,14 +82,13 @@ def write_run(run: ClassifierRun, folder: Path) -> None:
     else:
         save_plain(run.model, folder / "checkpoint", arguments)
     try:
-        write_whole(folder / "config.yaml", config.to_yaml().encode())
         if run.report is not None:
             table = protocol_table(run.report, title=run_title(config, data))
             write_whole(folder / "table.md", (table + "\n").encode())
             plot_protocols(run.report, folder / "protocols.png", title=run_title(config, data))
         curves = {name: history.to_dict()["epochs"] for name, history in run.histories.items()}
         plot_training_curves(curves, folder / "curves.png", title=run_title(config, data))
-        write_results(folder / "results.json", _results(run))
+        write_results(folder / RESULTS, _results(run))
     except OSError as error:
         raise CheckpointError(f"the results cannot be written to {folder}: {error}") from error
 

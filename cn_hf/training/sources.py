@@ -33,6 +33,7 @@ from cn_hf.contexts import (
 from cn_hf.data import (
     Batches,
     DeviceBatches,
+    MixingConfig,
     PreparedData,
     StreamedBatches,
     build_augmentation,
@@ -42,8 +43,7 @@ from cn_hf.data import (
     prepare_data,
 )
 from cn_hf.data.images import image_shape
-from cn_hf.data.loading import read_labels
-from cn_hf.data.prepare import read_context_ids
+from cn_hf.data.loading import read_context_ids, read_labels
 from cn_hf.errors import ConfigError, DatasetError, nearest
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import published_normalization
@@ -137,16 +137,31 @@ def _load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData
         augment=augmentation,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
+        mixing=_mixing(config),
+        balance_contexts=config.balance_contexts,
         seed=config.seed,
         mean=mean,
         std=std,
         device=accelerator.device,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        memory_budget_bytes=int(config.memory * 2**30),
+        num_workers=config.num_workers,
         on_error="skip" if config.skip_corrupt else "raise",
         progress=config.progress and accelerator.is_main_process,
     )
     return prepared if source is not None else dataclasses.replace(prepared, context_source=origins)
+
+
+def _mixing(config: TrainingConfig) -> MixingConfig | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    return MixingConfig(
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        probability=config.mix_probability,
+        switch_probability=config.mix_switch_probability,
+    )
 
 
 @contextlib.contextmanager
@@ -168,6 +183,7 @@ def _load_splits(config: TrainingConfig) -> tuple[Any, OriginContexts | None]:
     loaded = [
         load_splits(
             dataset,
+            name=config.dataset_config,
             train_split=config.train_split,
             validation_split=config.validation_split,
             validation_fraction=fraction,
@@ -176,6 +192,7 @@ def _load_splits(config: TrainingConfig) -> tuple[Any, OriginContexts | None]:
             max_train_images=config.max_train_images,
             max_test_images=config.max_test_images,
             seed=config.seed,
+            streaming=config.streaming,
         )
         for dataset in config.dataset
     ]

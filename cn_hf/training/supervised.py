@@ -1,9 +1,14 @@
 """The supervised loop: cross entropy under Accelerate, one process or several, any network, with or without contexts.
 
 Batches arrive as dicts, already on the device and already sharded by rank: ``pixel_values`` (N, C, H, W), ``labels``
-(N,), and, when the data has contexts, ``context_ids`` (N,), which go to the network by keyword. One optimizer step is
-the gradient of the mean loss over the images of all processes, also when the last batch is uneven: DDP averages the
-gradients of P processes, so each one weighs the sum of its losses by P / (images of this step in all processes).
+(N,) or weights (N, classes), and, when the data has contexts, ``context_ids``, which go to the network by keyword. One
+optimizer step is the gradient of the mean loss over the images of all processes, also when the last batch is uneven or
+goes through the network in parts: DDP averages the gradients of P processes, so each one weighs the sum of its losses
+by P / (images of this step in all processes).
+
+A run is a function of its config, data and starting weights. Its whole state is taken down in checkpoints, so that one
+that was killed goes on as if it had not been: data order and augmentation follow from seed, epoch and batch number, and
+everything else is stored.
 
 N images of a batch on this process, C channels, H and W height and width, P processes.
 """
@@ -11,9 +16,11 @@ N images of a batch on this process, C channels, H and W height and width, P pro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,18 +30,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from cn_hf.errors import TrainingError
-from cn_hf.evaluation.networks import bare_network, evaluating
+from cn_hf.errors import TrainingError, TrainingInterruptedError
+from cn_hf.evaluation.networks import bare_network
 from cn_hf.files import write_whole
-from cn_hf.patching.routing import RoutedModel
+from cn_hf.patching.synchronize import synchronize_batch_norms
+from cn_hf.training.checkpoints import save_checkpoint
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
+from cn_hf.training.memory import largest_fitting_batch, out_of_memory, out_of_memory_message
 from cn_hf.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from cn_hf.training.processes import check_equal_lengths, gathered, share_buffers, summed
 from cn_hf.training.progress import ProgressBar
+from cn_hf.training.run_folder import CHECKPOINTS
+from cn_hf.training.run_state import RunState
+from cn_hf.training.sharding import is_sharded, obey_fsdp_settings, trained_as_a_whole
+from cn_hf.training.signals import StopRequest
+from cn_hf.training.validation import Batch, batch_totals, forward_logits, mean_loss_and_accuracy, on_device
 
-__all__ = ["Batch", "TrainingBatches", "fit", "forward_logits", "make_accelerator", "mean_loss_and_accuracy"]
-
-Batch = Mapping[str, Tensor]
+__all__ = ["TrainingBatches", "fit", "make_accelerator"]
 
 
 class TrainingBatches(Protocol):
@@ -48,8 +61,11 @@ class TrainingBatches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def set_epoch(self, epoch: int) -> None:
-        """Pick the shuffle and augmentation of epoch ``epoch``, counted from 0."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Pick the shuffle and augmentation of epoch ``epoch`` and the batch to begin with, both counted from 0."""
+
+    def fingerprint(self) -> str:
+        """A text that differs where the data does."""
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -67,16 +83,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ) from error
 
 
-def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (N, classes) of a timm or transformers classifier, its contexts given by keyword where it knows any."""
-    contexts = {}
-    if "context_ids" in batch and isinstance(bare_network(model), RoutedModel):
-        contexts["context_ids"] = batch["context_ids"]
-    output = model(batch["pixel_values"], **contexts)
-    logits = output if isinstance(output, Tensor) else output.logits
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def fit(
     model: nn.Module,
     train_batches: TrainingBatches,
@@ -85,68 +91,58 @@ def fit(
     config: TrainingConfig,
     accelerator: Accelerator,
     output_dir: str | Path | None = None,
+    resume: bool = False,
     description: str = "train",
 ) -> History:
     """Train ``model`` in place.
 
     Sets the global random seeds to ``config.seed`` (plus the rank), so that networks trained one after the other with
-    one config meet the same data order, augmentation and dropout.
+    one config meet the same data order, augmentation and dropout. Batch norms take the statistics of all processes'
+    images. SIGTERM and Ctrl-C end the run at the end of a step, with a checkpoint. Where Accelerate is set up for FSDP2
+    (also on a CPU), parameters are sharded meanwhile, and after an error the network is as it was before.
 
     Args:
         model: Any image classifier that takes (N, C, H, W) and returns logits or an output with ``.logits``.
         train_batches: This process's share of the training data.
         validation_batches: This process's share of the validation data; each image in one process only. None: no
             validation, early stopping or ``keep_best``.
-        config: Optimizer, schedule, epochs and the rest; its network, data and context fields are not read.
+        config: Optimizer, schedule, epochs and the rest; its network, data and context fields are only compared.
         accelerator: See ``make_accelerator``.
-        output_dir: Folder that gets ``history.json`` after every epoch.
-        description: What stands before the progress bar.
+        output_dir: Folder that gets ``history.json`` after every epoch, and ``checkpoints/``.
+        resume: Go on from the newest whole checkpoint in ``output_dir``, where there is one.
+        description: What stands before the progress bar and the numbers given to trackers.
 
     Returns:
         One record per epoch.
 
     Raises:
-        TrainingError: The training data is empty, nothing is trainable, or the loss stopped being finite (the step is
-            named; on a CPU the weights are those before that step).
-        ConfigError: The optimizer refuses ``optimizer_args``.
+        TrainingError: The training data is empty or not what the checkpoint was trained on, nothing is trainable, the
+            first batch does not fit into memory, or the loss stopped being finite (step and images are named).
+        TrainingInterruptedError: A signal asked the run to stop.
+        ConfigError: The optimizer refuses ``optimizer_args``, or the checkpoint is of a run with another config.
+        CheckpointError: A checkpoint cannot be written, or none can be read.
         ContextIdError: The model has contexts and the batches have none.
     """
     if len(train_batches) == 0 or train_batches.num_samples == 0:
         raise TrainingError("the training data holds no images; check the split and its size")
     set_seed(config.seed, device_specific=True)
-    _check_equal_lengths(len(train_batches), accelerator)
-    optimizer = build_optimizer(model, config)
-    with _prepared(model, optimizer, accelerator) as (prepared_model, prepared_optimizer):
-        loop = _Loop(prepared_model, prepared_optimizer, train_batches, config, accelerator, description)
-        return loop.run(validation_batches, None if output_dir is None else Path(output_dir))
-
-
-def mean_loss_and_accuracy(model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) -> tuple[float, float]:
-    """Mean cross entropy per image and top-1 rate in [0, 1] in eval mode, over the batches of all processes.
-
-    The training flags of the model's modules are put back afterwards.
-
-    Raises:
-        TrainingError: There is no image.
-    """
-    plain = bare_network(model)
-    totals = [torch.zeros(3, device=accelerator.device)]
-    with evaluating(plain), torch.no_grad(), accelerator.autocast():
-        for batch in batches:
-            batch = _on_device(batch, accelerator.device)
-            logits = forward_logits(plain, batch)
-            loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
-            totals.append(_totals(loss, logits, batch["labels"]))
-    # float64, since a float32 count stops at 16.7 million images.
-    local = torch.stack(totals).cpu().double().sum(0)
-    loss_sum, correct, count = _summed(local, accelerator).tolist()
-    if count == 0:
-        raise TrainingError("the validation data holds no images; check validation_split and validation_fraction")
-    return loss_sum / count, correct / count
+    obey_fsdp_settings(accelerator)
+    check_equal_lengths(len(train_batches), accelerator)
+    folder = None if output_dir is None else Path(output_dir)
+    with (
+        trained_as_a_whole(model, accelerator) as network,
+        synchronize_batch_norms(network),
+        _prepared(network, config, accelerator) as (prepared_model, optimizer),
+    ):
+        loop = _Loop(prepared_model, optimizer, train_batches, config, accelerator, folder, description)
+        if resume and folder is not None:
+            loop.state.resume(folder / CHECKPOINTS, description)
+        with StopRequest() as stop:
+            return loop.run(validation_batches, stop)
 
 
 class _Loop:
-    """The state of one run of ``fit``: model and optimizer as Accelerate prepared them, and the step counter."""
+    """One run of ``fit``: model and optimizer as Accelerate prepared them, and everything that changes on the way."""
 
     def __init__(
         self,
@@ -155,155 +151,255 @@ class _Loop:
         batches: TrainingBatches,
         config: TrainingConfig,
         accelerator: Accelerator,
+        folder: Path | None,
         description: str,
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.config, self.accelerator, self.description = config, accelerator, description
-        self.step = 0
+        self.config, self.accelerator, self.folder, self.description = config, accelerator, folder, description
+        self.network = bare_network(model)
+        fingerprint = None if folder is None else batches.fingerprint()
+        self.state = RunState(self.network, optimizer, config, accelerator, fingerprint)
         # Reading the loss stalls a GPU; on a CPU it is free, and a bad step is caught before it changes the weights.
         self.check_every = 1 if accelerator.device.type == "cpu" else 20
-        self.pending: list[Tensor] = []
-        self.epoch_totals = [0.0, 0.0, 0.0]
+        self.pending: list[tuple[Tensor, Tensor | None]] = []
+        self.is_first_step = True
+        self.clock = time.perf_counter()
 
-    def run(self, validation_batches: Iterable[Batch] | None, output_dir: Path | None) -> History:
-        history, best_weights = History(), None
-        total = self.config.epochs * self.batches.num_samples
-        enabled = self.config.progress and self.accelerator.is_main_process
-        with ProgressBar(total, description=self.description, enabled=enabled) as bar:
-            for epoch in range(1, self.config.epochs + 1):
-                record = self._epoch(epoch, validation_batches, bar)
-                is_best = history.append(record)
-                if is_best and self.config.keep_best:
-                    best_weights = _copy_of_state(bare_network(self.model))
-                history.stopped_early = self._out_of_patience(history)
-                if output_dir is not None and self.accelerator.is_main_process:
-                    write_whole(output_dir / "history.json", json.dumps(history.to_dict(), indent=2).encode())
-                if history.stopped_early:
-                    break
-        if best_weights is not None:
-            bare_network(self.model).load_state_dict(best_weights)
-        return history
+    # ------------------------------------------------------------------------------------------------ epochs and steps
 
-    def _epoch(self, epoch: int, validation_batches: Iterable[Batch] | None, bar: ProgressBar) -> EpochRecord:
-        self.batches.set_epoch(epoch - 1)
-        self.epoch_totals = [0.0, 0.0, 0.0]
+    def run(self, validation_batches: Iterable[Batch] | None, stop: StopRequest) -> History:
+        config, place = self.config, self.state.place
+        done = place.epoch * self.batches.num_samples + int(place.totals[2])
+        with ProgressBar(
+            config.epochs * self.batches.num_samples,
+            initial=done,
+            description=self.description,
+            enabled=config.progress and self.accelerator.is_main_process,
+        ) as bar:
+            while not place.finished:
+                self._train_epoch(bar, stop)
+                self._close_epoch(validation_batches, bar)
+                if place.finished or config.checkpoint_steps is None or self._is_due():
+                    self._save()
+                self._obey(stop)
+        self.state.settle()
+        return self.state.history
+
+    def _train_epoch(self, bar: ProgressBar, stop: StopRequest) -> None:
+        place = self.state.place
+        self.batches.set_epoch(place.epoch, place.batch)
         self.model.train()
-        bar.show(epoch=f"{epoch}/{self.config.epochs}")
-        started = time.perf_counter()
+        bar.show(epoch=f"{place.epoch + 1}/{self.config.epochs}")
+        self.clock = time.perf_counter()
         for batch in self.batches:
-            self._train_step(_on_device(batch, self.accelerator.device), bar)
+            self._step_or_explain(on_device(batch, self.accelerator.device), bar)
+            if place.batch == len(self.batches):
+                break  # the epoch is closed before anything is saved, so that a step has one state only
+            if self._is_due():
+                self._collect(bar)
+                self._save()
+            if not self.pending:
+                self._obey(stop)
         self._collect(bar)
-        seconds = time.perf_counter() - started
-        loss_sum, correct, count = self.epoch_totals
+        self._stop_clock()
+
+    def _close_epoch(self, validation_batches: Iterable[Batch] | None, bar: ProgressBar) -> None:
+        """Validate, record the epoch, keep the weights if they are the best, and move on to the next epoch."""
+        config, place = self.config, self.state.place
+        loss_sum, correct, count = place.totals
+        share_buffers(self.network, self.accelerator)
         validation: tuple[float, float] | None = None
-        if validation_batches is not None:
-            _share_buffers(bare_network(self.model), self.accelerator)
-            validation = mean_loss_and_accuracy(self.model, validation_batches, self.accelerator)
-            bar.show(validation=f"{100 * validation[1]:.1f}%")
-        return EpochRecord(
-            epoch=epoch,
-            step=self.step,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            train_loss=loss_sum / count,
-            train_accuracy=correct / count,
-            validation_loss=None if validation is None else validation[0],
-            validation_accuracy=None if validation is None else validation[1],
-            seconds=seconds,
-            images_per_second=count / seconds,
-        )
+        with contextlib.nullcontext() if self.state.average is None else self.state.average.applied():
+            if validation_batches is not None:
+                validation = mean_loss_and_accuracy(self.model, validation_batches, self.accelerator)
+                bar.show(validation=f"{100 * validation[1]:.1f}%")
+            record = EpochRecord(
+                epoch=place.epoch + 1,
+                step=place.step,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                train_loss=loss_sum / count,
+                train_accuracy=correct / count,
+                validation_loss=None if validation is None else validation[0],
+                validation_accuracy=None if validation is None else validation[1],
+                seconds=place.seconds,
+                images_per_second=count / place.seconds,
+            )
+            if self.state.history.append(record) and config.keep_best:
+                self.state.keep_as_best()
+        self._log({name: value for name, value in dataclasses.asdict(record).items() if value is not None})
+        place.epoch, place.batch, place.seconds, place.totals = place.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
+        self.state.history.stopped_early = self._out_of_patience()
+        place.finished = self.state.history.stopped_early or place.epoch >= config.epochs
+        if self.folder is not None and self.accelerator.is_main_process:
+            write_whole(self.folder / "history.json", json.dumps(self.state.history.to_dict(), indent=2).encode())
+
+    def _step_or_explain(self, batch: Batch, bar: ProgressBar) -> None:
+        """A training step; where the very first one runs out of memory, the error says what would fit."""
+        try:
+            self._train_step(batch, bar)
+        except (RuntimeError, MemoryError) as error:
+            if not self.is_first_step or not out_of_memory(error):
+                raise
+            raise TrainingError(self._what_would_fit(batch)) from error
+        self.is_first_step = False
 
     def _train_step(self, batch: Batch, bar: ProgressBar) -> None:
-        set_learning_rate(self.optimizer, learning_rate_at(self.step, len(self.batches), self.config))
-        count = torch.full((), float(len(batch["labels"])), device=self.accelerator.device)
-        images = _summed(count, self.accelerator)
-        logits = forward_logits(self.model, batch)
-        loss = F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing)
-        self.pending.append(_totals(loss, logits, batch["labels"]))
-        self.step += 1
+        config, accelerator, place = self.config, self.accelerator, self.state.place
+        set_learning_rate(self.optimizer, learning_rate_at(place.step, len(self.batches), config))
+        count = torch.full((), float(len(batch["labels"])), device=accelerator.device)
+        images = summed(count, accelerator)
+        scale = accelerator.num_processes / images
+        totals = torch.zeros(3, device=accelerator.device)
+        parts = self._micro_batches(batch, images)
+        for number, part in enumerate(parts, start=1):
+            # Gradients are averaged over processes once, with the last part.
+            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.model):
+                loss, logits = self._loss(self.model, part)
+                totals += batch_totals(loss, logits, part["labels"])
+                accelerator.backward(loss * scale)
+        self.pending.append((totals, batch.get("index")))
+        place.step, place.batch = place.step + 1, place.batch + 1
         if len(self.pending) >= self.check_every:
             self._collect(bar)
-        self.accelerator.backward(loss * (self.accelerator.num_processes / images))
+        if config.clip_grad_norm is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.state.average is not None:
+            self.state.average.update()
+
+    def _loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, and the logits."""
+        if self.config.channels_last:
+            images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            batch = {**batch, "pixel_values": images}
+        logits = forward_logits(model, batch)
+        labels = batch["labels"]
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing), logits
+
+    def _micro_batches(self, batch: Batch, images: Tensor) -> list[Batch]:
+        """The parts of a batch that go through the network one after the other.
+
+        Equally many in every process, and so many that none is empty everywhere.
+        """
+        number = self.config.accumulation_steps
+        if number == 1:
+            return [batch]
+        number = min(number, math.ceil(images.item() / self.accelerator.num_processes))
+        names, values = zip(*batch.items(), strict=True)
+        parts = zip(*(value.tensor_split(number) for value in values), strict=True)
+        return [dict(zip(names, part, strict=True)) for part in parts]
 
     def _collect(self, bar: ProgressBar) -> None:
         """Read the pending steps' losses, summed over the processes, so that all of them stop at the same step."""
         if not self.pending:
             return
-        steps = _summed(torch.stack(self.pending), self.accelerator).tolist()
-        first = self.step - len(steps) + 1
+        place = self.state.place
+        steps = summed(torch.stack([totals for totals, _ in self.pending]), self.accelerator).tolist()
+        rows = [index for _, index in self.pending]
         self.pending.clear()
-        for step, (loss_sum, correct, count) in enumerate(steps, start=first):
-            if not loss_sum - loss_sum == 0.0:
-                raise TrainingError(
-                    f"the training loss is {loss_sum / count} at step {step}; a lower learning rate, warm-up or "
-                    f"mixed_precision 'no' may help (learning rate {self.optimizer.param_groups[0]['lr']:g}, "
-                    f"mixed_precision {self.accelerator.mixed_precision!r})"
-                )
-            for place, value in enumerate((loss_sum, correct, count)):
-                self.epoch_totals[place] += value
+        for number, (loss_sum, correct, count) in enumerate(steps):
+            if not math.isfinite(loss_sum):
+                self._give_up(place.step - len(steps) + 1 + number, loss_sum / count, rows[number])
+            for kind, value in enumerate((loss_sum, correct, count)):
+                place.totals[kind] += value
         images = sum(count for _, _, count in steps)
-        bar.show(loss=f"{sum(loss for loss, _, _ in steps) / images:.3f}")
-        bar.advance(int(images))
+        loss = sum(loss for loss, _, _ in steps) / images
+        bar.show(loss=f"{loss:.3f}")
+        bar.advance(int(images), steps=len(steps))
+        self._log({"step_loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
 
-    def _out_of_patience(self, history: History) -> bool:
+    def _give_up(self, step: int, loss: float, rows: Tensor | None) -> None:
+        """End a run whose loss is no longer finite, keeping what is needed to find out why."""
+        images = gathered([] if rows is None else rows.tolist(), self.accelerator)
+        shown = ", ".join(map(str, images[:16])) + (", ..." if len(images) > 16 else "")
+        where = ""
+        if self.folder is not None:
+            files = {**self.state.files(), **({"images.pt": images} if self.accelerator.is_main_process else {})}
+            path = save_checkpoint(
+                self.folder / CHECKPOINTS, step, files, keep=1, accelerator=self.accelerator, prefix="failed"
+            )
+            where = f" The weights and this list are in {path}; the checkpoints before it are kept."
+        raise TrainingError(
+            f"the training loss is {loss} at step {step}, whose images are the dataset's rows [{shown}]; a lower "
+            f"learning rate (now {self.optimizer.param_groups[0]['lr']:g}), warm-up, clip_grad_norm or mixed_precision "
+            f"'no' (now {self.accelerator.mixed_precision!r}) may help.{where}"
+        )
+
+    def _what_would_fit(self, batch: Batch) -> str:
+        """Try smaller parts of the batch that was too large."""
+        images = -(-len(batch["labels"]) // self.config.accumulation_steps)
+        fitting = None
+        self.optimizer.zero_grad()
+        if not is_sharded(self.accelerator):  # then a forward is a matter of all processes
+
+            def attempt(count: int) -> None:
+                part = {name: value[:count] for name, value in batch.items()}
+                try:
+                    with self.accelerator.autocast():
+                        loss = self._loss(self.network, part)[0]
+                    self.accelerator.backward(loss)
+                finally:
+                    self.network.zero_grad()
+
+            fitting = largest_fitting_batch(attempt, images)
+        return out_of_memory_message(
+            self.config, images=images, fitting=fitting, num_processes=self.accelerator.num_processes
+        )
+
+    def _out_of_patience(self) -> bool:
+        history = self.state.history
         if self.config.patience is None or history.best_epoch is None:
             return False
         return len(history.epochs) - history.best_epoch >= self.config.patience
 
+    def _stop_clock(self) -> None:
+        now = time.perf_counter()
+        self.state.place.seconds, self.clock = self.state.place.seconds + now - self.clock, now
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        named = {f"{self.description}/{name}": number for name, number in numbers.items()}
+        self.accelerator.log(named, step=self.state.place.step)
+
+    # ------------------------------------------------------------------------------------------- stopping and resuming
+
+    def _obey(self, stop: StopRequest) -> None:
+        """End the run with a checkpoint if any process was asked to stop."""
+        asked = torch.tensor(float(stop.received is not None), device=self.accelerator.device)
+        if summed(asked, self.accelerator).item() == 0:
+            return
+        saved = self._save()
+        kept = "no output_dir was given, so nothing is kept" if saved is None else f"go on with --resume from {saved}"
+        name = stop.received or "another process"
+        raise TrainingInterruptedError(f"stopped by {name} after step {self.state.place.step}; {kept}")
+
+    def _save(self) -> Path | None:
+        """Write a checkpoint; None where the run has no folder."""
+        if self.folder is None:
+            return None
+        self._stop_clock()
+        path = self.state.save(self.folder / CHECKPOINTS)
+        self.clock = time.perf_counter()
+        return path
+
+    def _is_due(self) -> bool:
+        every = self.config.checkpoint_steps
+        return every is not None and self.state.place.step % every == 0
+
 
 @contextlib.contextmanager
-def _prepared(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> Iterator[tuple[nn.Module, Any]]:
+def _prepared(model: nn.Module, config: TrainingConfig, accelerator: Accelerator) -> Iterator[tuple[nn.Module, Any]]:
     """Model and optimizer as Accelerate wraps them; afterwards the model has its own ``forward`` back."""
-    names = ("forward", "_original_forward")
+    names = ("forward", "_original_forward", "_compiled_call_impl")
     own: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.compile()
     try:
-        yield accelerator.prepare(model, optimizer)
+        yield accelerator.prepare(model, build_optimizer(model, config))
     finally:
         for name in names:
             model.__dict__.pop(name, None)
         model.__dict__.update(own)
         accelerator.free_memory()
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def _totals(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of right answers, number of images: (3,) float32."""
-    loss_sum = loss_sum.detach().float()
-    correct = (logits.detach().argmax(dim=1) == labels).sum()
-    return torch.stack([loss_sum.detach().float(), correct.float(), torch.full_like(loss_sum, len(labels))])
-
-
-def _summed(values: Tensor, accelerator: Accelerator) -> Tensor:
-    """Sum of ``values`` over all processes."""
-    if accelerator.num_processes == 1:
-        return values
-    total: Tensor = accelerator.reduce(values.to(accelerator.device), reduction="sum")
-    return total
-
-
-def _check_equal_lengths(steps: int, accelerator: Accelerator) -> None:
-    """Processes with different numbers of steps would wait for each other forever."""
-    lengths = accelerator.gather(torch.tensor([steps], device=accelerator.device)).tolist()
-    if len(set(lengths)) > 1:
-        raise TrainingError(f"every process needs the same number of batches, got {lengths} by rank; shard them evenly")
-
-
-def _share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the main one's running statistics, so that all validate and keep the same network."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
-def _copy_of_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict in the CPU's memory, untouched by further training."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in model.state_dict().items()
-    }

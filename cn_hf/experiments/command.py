@@ -1,0 +1,55 @@
+"""``cn-hf reproduce``: its options. What it does is imported only once they are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="table5, table6, table7, table8, fig3 or fig4.")],
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a folder for each dataset (cifar10, cifar100, mnist); else the Hub's."),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="paper: its protocol in full; small: at most 30 minutes on two cores; smoke: 20 seconds. The last two "
+            "check the machinery."
+        ),
+    ] = "paper",
+    seeds: Annotated[int | None, typer.Option(help="Runs of every cell; else as many as the budget says.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run these cells only, e.g. cn.cifar10-1.seed0 or 'cn.*' (repeatable)."),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for all results; else runs/BUDGET.")] = None,
+    list_cells: Annotated[bool, typer.Option("--list", help="Only list the cells and which are finished.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Reproduce a table or figure of the paper: train its cells, evaluate them honestly, show the paper's numbers too.
+
+    Finished cells are never run again and a stopped one goes on from its last checkpoint, so the same command can be
+    given again at any time; given several times at once, the runs share the cells.
+    """
+    from cn_hf.experiments.spec import read_experiment
+
+    read_experiment(experiment).budget(budget)  # a wrong word is refused before heavy libraries are loaded
+
+    from cn_hf.experiments.runner import reproduce_experiment
+
+    reproduce_experiment(
+        experiment,
+        data_root=data_root,
+        budget=budget,
+        seeds=seeds,
+        only=only or (),
+        output_dir=output_dir,
+        list_cells=list_cells,
+        progress=progress,
+    )

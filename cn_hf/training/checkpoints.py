@@ -1,0 +1,244 @@
+"""Training checkpoints on disk: each written whole or not at all, the last few kept, a damaged one passed over.
+
+A checkpoint is a folder ``step-00000120`` of files from every process and ``manifest.json`` with their sizes and
+checksums. It is made under a hidden name and renamed when everything is in it, so that a run killed at any moment
+leaves the checkpoints it had. Nothing in it is executed when it is read (``weights_only``). With several machines the
+folder must be one that all of them share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from cn_hf.errors import CheckpointError
+from cn_hf.files import read_description
+
+__all__ = ["Checkpoint", "find_checkpoint", "newest_step", "save_checkpoint"]
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose files were found whole.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps done.
+        damaged: Newer checkpoints that had to be passed over, each with what is wrong with it.
+    """
+
+    path: Path
+    step: int
+    damaged: tuple[str, ...]
+
+    def read(self, name: str) -> Any:
+        """What ``save_checkpoint`` was given under ``name``, its tensors on the CPU; None where there is no such file.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def save_checkpoint(
+    folder: Path, step: int, files: Mapping[str, Any], *, keep: int, accelerator: Accelerator, prefix: str = "step"
+) -> Path:
+    """Write a checkpoint of all processes, then remove all but the newest ``keep``; every process must call it.
+
+    Args:
+        folder: Where checkpoints are; made if need be.
+        step: Optimizer steps done.
+        files: File name to what ``torch.save`` writes into it; names differ between processes.
+        keep: How many checkpoints to keep.
+        accelerator: Whose processes take part.
+        prefix: Another one makes a checkpoint that is neither counted, removed nor resumed from.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: A file cannot be written; the older checkpoints are untouched.
+    """
+    final = folder / f"{prefix}-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    problem = None
+    if accelerator.is_main_process:
+        problem = _attempt(_clear, folder, partial)
+    _raise_together(problem, accelerator)
+    described: dict[str, dict[str, Any]] = {}
+    problem = _attempt(_write, partial, files, described)
+    everything = {name: facts for part in gather_object([described]) for name, facts in part.items()}
+    _raise_together(problem, accelerator, partial)
+    if accelerator.is_main_process:
+        problem = _attempt(_publish, partial, final, step, everything)
+        if problem is None and prefix == "step":
+            _prune(folder, keep)
+    _raise_together(problem, accelerator, partial)
+    return final
+
+
+def newest_step(folder: Path) -> int:
+    """Steps done at the newest checkpoint in the folder, whole or not; 0 where there is none."""
+    return max(map(_step_of, _checkpoints(folder)), default=0)
+
+
+def find_checkpoint(folder: Path, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest whole checkpoint, the same in every process; None where there is none at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, but all are damaged.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        found = [_newest_whole(folder)]
+    broadcast_object_list(found)
+    name, damaged = found[0]
+    if name is not None:
+        path = folder / name
+        return Checkpoint(path=path, step=_step_of(path), damaged=tuple(damaged))
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Start anew with --overwrite, or another folder."
+        )
+    return None
+
+
+def _newest_whole(folder: Path) -> tuple[str | None, list[str]]:
+    damaged: list[str] = []
+    for path in sorted(_checkpoints(folder), key=_step_of, reverse=True):
+        problem = _damage(path)
+        if problem is None:
+            return path.name, damaged
+        damaged.append(f"{path.name} ({problem})")
+    return None, damaged
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = read_description(path / _MANIFEST, newest=FORMAT, what="training checkpoint")
+    except CheckpointError as error:
+        return str(error)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != facts["bytes"]:
+            return f"{name} has {size:,} of {facts['bytes']:,} bytes"
+        if _digest(file) != facts["sha256"]:
+            return f"{name} has another checksum than it was written with"
+    return None
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _clear(folder: Path, partial: Path) -> None:
+    """Make room, without what a killed run left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.removed")):
+        shutil.rmtree(left)
+    partial.mkdir()
+
+
+def _write(partial: Path, files: Mapping[str, Any], described: dict[str, dict[str, Any]]) -> None:
+    for name, content in files.items():
+        path = partial / name
+        with path.open("xb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        described[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _publish(partial: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    with (partial / _MANIFEST).open("x", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    _sync_folder(final.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in sorted(_checkpoints(folder), key=_step_of)[:-keep]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; if killed meanwhile, what is left no longer has a checkpoint's name."""
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _attempt(action: Any, *arguments: Any) -> str | None:
+    """Call ``action``; what went wrong in words, or None. A full disk is an OSError, but RuntimeError in torch.save."""
+    try:
+        action(*arguments)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _raise_together(problem: str | None, accelerator: Accelerator, partial: Path | None = None) -> None:
+    """Raise in every process if one has a problem, so that none waits for it; what was half-written is removed."""
+    problems = [text for text in gather_object([problem]) if text is not None]
+    if not problems:
+        return
+    free = ""
+    if partial is not None:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        if partial.parent.is_dir():
+            free = f" ({shutil.disk_usage(partial.parent).free / 2**20:,.0f} MiB free)"
+    raise CheckpointError(
+        f"a checkpoint cannot be written: {problems[0]}{free}; the ones before it are whole. Make room or give another "
+        "folder, then go on with --resume."
+    )

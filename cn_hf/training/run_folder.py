@@ -1,0 +1,88 @@
+"""The folder of a run: whose it is, and when it may be used.
+
+``run.json`` is written first and says which run the folder belongs to, ``results.json`` last and says that it is
+finished. No other run gets the folder without ``overwrite``, which removes what a run writes and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.files import read_description, write_whole
+from cn_hf.training.config import TrainingConfig
+
+__all__ = ["CHECKPOINTS", "RESULTS", "RUN_FILES", "check_writable", "claim_folder"]
+
+FORMAT = 1
+RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
+RUN_FILES = (
+    RUN, RESULTS, CHECKPOINTS, "config.yaml", "history.json", "table.md", "curves.png", "protocols.png", "checkpoint",
+    "baseline", "logs", "first_batch.png",
+)  # fmt: skip
+"""What a run may leave in its folder."""
+
+
+def claim_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> bool:
+    """Make the folder this run's own.
+
+    Args:
+        folder: Made if need be; files that are not a run's stay.
+        config: Of the run.
+        resume: Go on with the run that the folder holds, if it holds one.
+        overwrite: Remove the run that the folder holds, if it holds one.
+
+    Returns:
+        Whether the folder holds this very run, finished.
+
+    Raises:
+        ConfigError: Both ``resume`` and ``overwrite``, or the run in the folder has another config (differences are
+            listed).
+        CheckpointError: The folder holds a run and neither was given, or it cannot be written to.
+    """
+    if resume and overwrite:
+        raise ConfigError("resume goes on with the run in the folder and overwrite removes it; give one of them")
+    check_writable(folder)
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    if present and RUN not in present:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(present)}, but not of a run of this program; give another folder"
+        )
+    if present and not resume and not overwrite:
+        state = "a finished run" if RESULTS in present else "a run that was stopped"
+        raise CheckpointError(
+            f"{folder} holds {state}; go on with it (--resume), remove it (--overwrite) or give another folder"
+        )
+    if present and resume:
+        described = read_description(folder / RUN, newest=FORMAT, what="description of a run")
+        if differences := config.differences(described["config"]):
+            listed = "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differences.items())
+            raise ConfigError(f"{folder} holds a run with another config ({listed}); use the same, or another folder")
+        return RESULTS in present
+    try:
+        # run.json goes last and comes first, so that a folder half-emptied or half-filled is still known as a run's.
+        for name in reversed(present):
+            (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
+        write_whole(folder / RUN, json.dumps({"format": FORMAT, "config": config.to_dict()}, indent=2).encode())
+        write_whole(folder / "config.yaml", config.to_yaml().encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be prepared for the run: {error}") from error
+    return False
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and try to write into it, better before training than after.
+
+    Raises:
+        CheckpointError: It cannot be written to.
+    """
+    probe = folder / f".writable.{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"output_dir {folder} cannot be written to: {error}; give another folder") from error
