@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"norm", "patching", "contexts", "data"},
     "training": {"norm", "patching", "contexts", "data", "models", "hub", "evaluation"},
 }
+MAY_IMPORT["experiments"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),

@@ -137,7 +137,8 @@ def one_process(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_a_run_leaves_everything(one_process: tuple[Path, str]) -> None:
     folder, printed = one_process
     assert sorted(entry.name for entry in folder.iterdir()) == [
-        "checkpoint", "config.yaml", "curves.png", "history.json", "protocols.png", "results.json", "table.md",
+        "baseline", "checkpoint", "checkpoints", "config.yaml", "curves.png", "history.json", "protocols.png",
+        "results.json", "run.json", "table.md",
     ]  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
     assert results["data"]["images"] == {"train": 94, "validation": 10, "test": 31}
@@ -379,3 +380,61 @@ def test_baseline_shares_weights_and_order(parquet: Path) -> None:
         if name in baseline:
             torch.testing.assert_close(parameter.detach(), baseline[name].detach(), rtol=0, atol=1e-9, msg=name)
     assert isinstance(run.baseline, type(timm.create_model("cn_digits_convnet")))
+
+
+def test_a_folder_is_resumed_or_overwritten_only_when_asked(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(parquet, tmp_path / "run", **{"checkpoint-steps": 4})
+    assert run_script(capsys, arguments)[0] == 0
+    results = (tmp_path / "run" / "results.json").read_bytes()
+    code, _, error = run_script(capsys, arguments)
+    assert code == 1
+    assert "holds a finished run; go on with it (--resume), remove it (--overwrite)" in error
+    code, printed, _ = run_script(capsys, [*arguments, "--resume"])
+    assert code == 0
+    assert "nothing to do" in printed
+    assert (tmp_path / "run" / "results.json").read_bytes() == results
+    code, _, error = run_script(capsys, [*arguments, "--resume", "--epochs", "5"])
+    assert code == 1
+    assert "epochs was 2, is 5" in error
+    # as if killed after training, before the results were written
+    before = json.loads(results)
+    (tmp_path / "run" / "results.json").unlink()
+    code, printed, _ = run_script(capsys, [*arguments, "--resume"])
+    assert code == 0
+    assert "going on after step 12" in printed
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["history"] == before["history"]
+    assert again["evaluation"]["rows"] == before["evaluation"]["rows"]
+    assert run_script(capsys, [*arguments, "--overwrite", "--epochs", "1"])[0] == 0
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["history"]["CN-Channels"]["epochs"]) == 1
+
+
+def test_a_dry_run_trains_nothing(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run_script(capsys, [*options(parquet, tmp_path / "run"), "--dry-run"])
+    assert code == 0
+    assert "learning_rate: 0.01" in printed
+    assert "bn1" in printed
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["first_batch.png"]
+    assert run_script(capsys, options(parquet, tmp_path / "run", **{"validation-fraction": 0.0}))[0] == 0
+
+
+def test_a_stream_with_everything_on(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(
+        parquet, tmp_path / "run", streaming=True, mixup=0.2, cutmix=1.0, **{
+            "validation-fraction": 0.0, "num-workers": 1, "ema-decay": 0.9, "accumulation-steps": 2,
+            "clip-grad-norm": 1.0, "mean": 0.5, "std": 0.25, "label-smoothing": 0.1,
+        }
+    )  # fmt: skip
+    code, _, error = run_script(capsys, arguments)
+    assert code == 0, error
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["evaluation"]["rows"][0]["num_samples"] == 31
+
+
+def test_balanced_contexts_and_little_memory(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(parquet, tmp_path / "run", memory=0, **{"balance-contexts": True, "num-workers": 2})
+    code, _, error = run_script(capsys, arguments)
+    assert code == 0, error
+    assert row_accuracies(tmp_path / "run")["true contexts"] is not None

@@ -68,7 +68,6 @@ def train_classifier(
         return None
     check_network_name(config.model)
     data = load_data(config, accelerator)
-    accelerator.print(data_in_words(data))
     if data.train is None or len(data.train) == 0:
         raise TrainingError(
             f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
@@ -78,7 +77,7 @@ def train_classifier(
         if accelerator.is_main_process:
             print(preview(config, model, data, folder=folder))
         return None
-    accelerator.print(network_in_words(config, model))
+    accelerator.print(data_in_words(data) + "\n" + network_in_words(config, model))
     start_trackers(accelerator, config, folder, step=0 if folder is None else newest_step(folder / CHECKPOINTS))
     name = run_name(config)
     histories = {name: _fit(model, data, config, accelerator, name, folder, resume)}
@@ -86,8 +85,9 @@ def train_classifier(
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
         baseline = build_classifier(plain, data)
+        steps = len(data.train) * config.epochs  # so that trackers' steps go on rising
         baseline_folder = None if folder is None else folder / "baseline"
-        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", baseline_folder, resume)
+        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", baseline_folder, resume, steps)
     report = _evaluate(config, model, baseline, data, accelerator)
     run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
     if report is not None:
@@ -190,6 +190,7 @@ def _fit(
     name: str,
     folder: Path | None,
     resume: bool,
+    log_offset: int = 0,
 ) -> History:
     assert data.train is not None
     return fit(
@@ -201,6 +202,7 @@ def _fit(
         output_dir=folder,
         resume=resume,
         description=name,
+        log_offset=log_offset,
     )
 
 

@@ -21,11 +21,12 @@ from cn_hf.training.config import TrainingConfig
 __all__ = ["largest_fitting_batch", "memory_in_words", "out_of_memory", "out_of_memory_message", "peak_memory"]
 
 # What errors say where no type of its own tells them apart.
+_ONEDNN = "could not create a primitive"  # gives no reason
 _SIGNS = (
+    _ONEDNN,
     "out of memory",  # CUDA, HIP, XPU, MPS
     "can't allocate memory",  # torch's CPU allocator
     "not enough memory",  # the same on Windows
-    "could not create a primitive",  # oneDNN, which gives no reason; a smaller batch then tells
     "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
 )
 # The answer of largest_fitting_batch is this part of itself below the truth at most.
@@ -65,17 +66,14 @@ def memory_in_words(num_bytes: int) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory was not enough, on a device or on the CPU.
-
-    oneDNN does not say why it failed: its error counts, since the search for a batch that fits finds out.
-    """
+    """Whether ``error`` says that memory was not enough, on a device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int:
-    """The largest number of images that ``try_batch`` runs with, found by halving, then bisecting to 1/16 of it.
+def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int | None:
+    """The largest number of images that ``try_batch`` runs with, found by bisection to 1/16 of it.
 
     Called while an out-of-memory error is being handled, it first frees what that error's frames hold, so catch the
     error outside of the function that ran forward and backward: a running frame keeps its tensors.
@@ -86,7 +84,8 @@ def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int:
         failed: A number of images that does not fit.
 
     Returns:
-        A number of images that was tried; 0 if not even one fits. Memory is then as free as before.
+        A number of images that was tried; 0 if not even one fits; None if it cannot be found out, since the CPU's
+        kernels do not recover. Memory is then as free as before.
 
     Raises:
         ConfigError: ``failed`` is below 1.
@@ -96,17 +95,13 @@ def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int:
         raise ConfigError(f"failed is a number of images that does not fit, 1 or more; got {failed}")
     _clear_frames(sys.exc_info()[1])
     release_memory()
-    fitting = failed // 2
-    while fitting > 0 and not _fits(try_batch, fitting):
-        failed, fitting = fitting, fitting // 2
-    if fitting == 0:
-        return 0
+    fitting = 0
     while failed - fitting > max(1.0, fitting * _PRECISION):
         middle = (fitting + failed) // 2
-        if _fits(try_batch, middle):
-            fitting = middle
-        else:
-            failed = middle
+        fits = _fits(try_batch, middle)
+        if fits is None:
+            return fitting or None
+        fitting, failed = (middle, failed) if fits else (fitting, middle)
     return fitting
 
 
@@ -116,7 +111,7 @@ def out_of_memory_message(config: TrainingConfig, *, images: int, fitting: int |
     Args:
         config: Of the run.
         images: That went through the network at once in this process, and did not fit.
-        fitting: From ``largest_fitting_batch``; None where it was not tried.
+        fitting: From ``largest_fitting_batch``; None where it is not known.
         num_processes: That share each step's images.
     """
     asked = f"batch_size is {config.batch_size}"
@@ -140,13 +135,15 @@ def out_of_memory_message(config: TrainingConfig, *, images: int, fitting: int |
     )
 
 
-def _fits(try_batch: Callable[[int], None], images: int) -> bool:
+def _fits(try_batch: Callable[[int], None], images: int) -> bool | None:
+    """Whether ``try_batch`` runs; None where its failure does not tell."""
     try:
         try_batch(images)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return False
+        # After this, oneDNN makes no new kernel in this process, however much memory there is.
+        return None if _ONEDNN in str(error) else False
     finally:
         release_memory()
     return True

@@ -43,7 +43,7 @@ from cn_hf.training.processes import check_equal_lengths, gathered, share_buffer
 from cn_hf.training.progress import ProgressBar
 from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.run_state import RunState
-from cn_hf.training.sharding import is_sharded, obey_fsdp_settings, trained_as_a_whole
+from cn_hf.training.sharding import obey_fsdp_settings, trained_as_a_whole
 from cn_hf.training.signals import StopRequest
 from cn_hf.training.validation import Batch, batch_totals, forward_logits, mean_loss_and_accuracy, on_device
 
@@ -93,6 +93,7 @@ def fit(
     output_dir: str | Path | None = None,
     resume: bool = False,
     description: str = "train",
+    log_offset: int = 0,
 ) -> History:
     """Train ``model`` in place.
 
@@ -111,6 +112,7 @@ def fit(
         output_dir: Folder that gets ``history.json`` after every epoch, and ``checkpoints/``.
         resume: Go on from the newest whole checkpoint in ``output_dir``, where there is one.
         description: What stands before the progress bar and the numbers given to trackers.
+        log_offset: Added to the step that trackers are told; of several networks in one run, those trained before.
 
     Returns:
         One record per epoch.
@@ -134,7 +136,7 @@ def fit(
         synchronize_batch_norms(network),
         _prepared(network, config, accelerator) as (prepared_model, optimizer),
     ):
-        loop = _Loop(prepared_model, optimizer, train_batches, config, accelerator, folder, description)
+        loop = _Loop(prepared_model, optimizer, train_batches, config, accelerator, folder, description, log_offset)
         if resume and folder is not None:
             loop.state.resume(folder / CHECKPOINTS, description)
         with StopRequest() as stop:
@@ -153,8 +155,9 @@ class _Loop:
         accelerator: Accelerator,
         folder: Path | None,
         description: str,
+        log_offset: int,
     ) -> None:
-        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.model, self.optimizer, self.batches, self.log_offset = model, optimizer, batches, log_offset
         self.config, self.accelerator, self.folder, self.description = config, accelerator, folder, description
         self.network = bare_network(model)
         fingerprint = None if folder is None else batches.fingerprint()
@@ -175,6 +178,7 @@ class _Loop:
             initial=done,
             description=self.description,
             enabled=config.progress and self.accelerator.is_main_process,
+            device=self.accelerator.device,
         ) as bar:
             while not place.finished:
                 self._train_epoch(bar, stop)
@@ -331,7 +335,7 @@ class _Loop:
         images = -(-len(batch["labels"]) // self.config.accumulation_steps)
         fitting = None
         self.optimizer.zero_grad()
-        if not is_sharded(self.accelerator):  # then a forward is a matter of all processes
+        if self.accelerator.num_processes == 1:  # else a forward can be a matter of all processes
 
             def attempt(count: int) -> None:
                 part = {name: value[:count] for name, value in batch.items()}
@@ -359,7 +363,7 @@ class _Loop:
 
     def _log(self, numbers: dict[str, float]) -> None:
         named = {f"{self.description}/{name}": number for name, number in numbers.items()}
-        self.accelerator.log(named, step=self.state.place.step)
+        self.accelerator.log(named, step=self.log_offset + self.state.place.step)
 
     # ------------------------------------------------------------------------------------------- stopping and resuming
 
