@@ -15,6 +15,7 @@ import typer
 
 import cn_hf
 from cn_hf.errors import CnHfError
+from cn_hf.experiments.command import reproduce
 
 __all__ = ["app", "main", "run_app"]
 
@@ -84,6 +85,32 @@ def demo(
     from cn_hf.training.demo import run_demo
 
     run_demo(output_dir, seed=seed, progress=progress)
+
+
+app.command()(reproduce)
+
+
+@app.command()
+def benchmark(
+    network: Annotated[str, typer.Option(help="convnet (Table IV's) or vit (section IV-C's).")] = "convnet",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 256,
+    rounds: Annotated[int, typer.Option(help="How often each variant has its turn.")] = 15,
+    steps: Annotated[int, typer.Option(help="Steps in one turn.")] = 1,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    channels_last: Annotated[bool, typer.Option(help="Layout of images and convolutions.")] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the networks.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; else torch's choice.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for what was measured, where and how.")] = None,
+) -> None:
+    """Time a training step with BN, CN and MN, all variants in turn in one run, and print the ratios."""
+    options = {
+        "network": network, "device": device, "batch_size": batch_size, "rounds": rounds, "steps": steps,
+        "mixed_precision": mixed_precision, "channels_last": channels_last, "compile": compile,
+    }  # fmt: skip
+    from cn_hf.experiments.benchmark import run_benchmark
+
+    run_benchmark(options, threads=threads, output=output)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cn_hf.data import DeviceBatches, PreparedData
-from cn_hf.errors import ConfigError, nearest
+from cn_hf.errors import CheckpointError, ConfigError, nearest
 from cn_hf.evaluation import write_results
+from cn_hf.evaluation.environment import run_environment
 from cn_hf.evaluation.tables import markdown_table
 from cn_hf.training.classifier import build_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.optimization import build_optimizer
 from cn_hf.training.validation import forward_logits
 
-__all__ = ["VARIANTS", "Timing", "benchmark", "benchmark_table"]
+__all__ = ["VARIANTS", "Timing", "benchmark", "benchmark_table", "run_benchmark"]
 
 CONTEXTS, CLASSES = 3, 10
 PRECISIONS = {"no": None, "bf16": torch.bfloat16}
@@ -113,7 +114,7 @@ def benchmark(
     for option, value in (("batch_size", batch_size), ("rounds", rounds), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{option} must be at least 1, got {value}")
-    device = torch.device(device)
+    device = _usable(device)
     data = _noise(_SIDES[network], batch_size, device)
     shared = {**_NETWORKS[network], "batch_size": batch_size, "channels_last": channels_last, "compile": compile}
     run = {
@@ -143,14 +144,47 @@ def benchmark_table(timings: Sequence[Timing], *, title: str) -> str:
     return f"### {title}\n\n{table}"
 
 
-def write_benchmark(timings: Sequence[Timing], options: Mapping[str, Any], path: Path) -> Path:
-    """Write what was measured, how, and on what machine, as JSON.
+def run_benchmark(options: Mapping[str, Any], *, threads: int | None = None, output: Path | None = None) -> None:
+    """Run ``benchmark(**options)``, print its table and write what was measured, how and where.
+
+    Args:
+        options: Of ``benchmark``.
+        threads: CPU threads of torch; None: as many as it chose.
+        output: JSON file, with the machine in it; None: nothing is written.
 
     Raises:
-        OSError: The file cannot be written.
+        ConfigError: An option is out of range, or the device cannot be had.
+        CheckpointError: The file cannot be written.
     """
-    measured = [dataclasses.asdict(timing) for timing in timings]
-    return write_results(path, {"options": dict(options), "timings": measured})
+    before = torch.get_num_threads()
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    try:
+        timings = benchmark(**options)
+        used = {**options, "threads": torch.get_num_threads()}
+        machine = run_environment()
+    finally:
+        torch.set_num_threads(before)
+    on_cpu = torch.device(options["device"]).type == "cpu"
+    where = f"{machine['cpu']}, {machine['threads']} threads" if on_cpu else machine["device"]
+    print(benchmark_table(timings, title=f"{options['network']}, batches of {options['batch_size']}, {where}"))
+    if output is not None:
+        measured = [dataclasses.asdict(timing) for timing in timings]
+        try:
+            write_results(output, {"options": used, "timings": measured})
+        except OSError as error:
+            raise CheckpointError(f"{output} cannot be written: {error}") from error
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        usable = torch.device(device)
+        torch.empty(0, device=usable)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be had: {str(error).splitlines()[0]}") from error
+    return usable
 
 
 def _noise(side: int, batch_size: int, device: torch.device) -> PreparedData:
