@@ -63,7 +63,7 @@ def test_python_blocks(local_data, tmp_path, monkeypatch):
 
 
 def test_training_block(local_data, tmp_path):
-    demo, tests, training = blocks("bash")
+    demo, tests, training, _ = blocks("bash")
     assert "cn-hf demo" in demo
     assert "pytest" in tests
     command = with_local_data(training.replace("scripts/", f"{ROOT}/scripts/"), local_data)
@@ -76,3 +76,14 @@ def test_training_block(local_data, tmp_path):
     written = {file.name for file in (tmp_path / "runs" / "cifar10-cn").iterdir()}
     assert "results.json" in written
     assert "masked baseline" in run.stdout.lower()
+
+
+def test_reproduce_block(tmp_path):
+    program, *arguments = blocks("bash")[3].split("#")[0].split()
+    assert program == "cn-hf"
+    run = subprocess.run(
+        [sys.executable, "-m", "cn_hf.cli", *arguments, "--list"],  # what it would run; test_experiments_runs runs some
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sum("to do" in line for line in run.stdout.splitlines()) == 4 * 3

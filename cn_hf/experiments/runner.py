@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -75,7 +76,8 @@ def reproduce_experiment(
     if not all(cell.finished for cell in chosen):
         check_datasets(places)
     accelerator = make_accelerator(chosen[0].config)
-    failures = run_cells(name, chosen, accelerator)
+    with _threads(experiment.budget(budget).threads):
+        failures = run_cells(name, chosen, accelerator)
     results = [result for cell in cells if (result := read_result(cell)) is not None]
     if accelerator.is_main_process:
         text = write_report(folder / name, experiment, budget, cells, results, failures)
@@ -125,6 +127,17 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             seconds.append(time.perf_counter() - started)
             say(f"took {_duration(seconds[-1])}")
     return failures
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many of torch's threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -78,10 +78,20 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How much of the paper's protocol is run. ``summary`` says it in words, for the report."""
+    """How much of the paper's protocol is run.
+
+    Attributes:
+        name: Of ``BUDGETS``.
+        seeds: Runs of every cell.
+        threads: Of torch on a CPU; None: as many as it takes by itself.
+        columns: Those that are run.
+        options: Of ``TrainingConfig``, in place of the paper's.
+        summary: All that in words, for the report.
+    """
 
     name: str
     seeds: int
+    threads: int | None
     columns: tuple[str, ...]
     options: Mapping[str, Any]
     summary: str
@@ -335,12 +345,14 @@ def _budgets(content: _Content, columns: Mapping[str, Column]) -> dict[str, Budg
         budgets[name] = Budget(
             name=name,
             seeds=part.take("seeds", int),
+            threads=part.take("threads", int) if "threads" in part.values else None,
             columns=part.names("columns", columns, list(columns)),
             options=part.options(fields),
             summary=part.take("summary", str),
         )
-        if budgets[name].seeds < 1:
-            raise part.error("seeds", f"must be at least 1, got {budgets[name].seeds}")
+        for key, value in (("seeds", budgets[name].seeds), ("threads", budgets[name].threads)):
+            if value is not None and value < 1:
+                raise part.error(key, f"must be at least 1, got {value}")
         part.finish()
     if set(budgets) != set(BUDGETS):
         raise content.error("budgets", f"must be {', '.join(BUDGETS)}; got {', '.join(budgets)}")

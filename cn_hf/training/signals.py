@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["StopRequest"]
 
+# A scheduler or terminal signals all processes, and a launcher among them passes the signal on: one request, not two.
+SAME_REQUEST = 5.0  # seconds
+
 
 class StopRequest:
-    """Within its block the first SIGTERM or SIGINT is noted instead of ending the process; a second one ends it.
+    """Within its block SIGTERM and SIGINT are noted instead of ending the process; one that comes later again ends it.
 
     Outside of the main thread, where Python handles no signals, nothing is noted.
 
@@ -21,6 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,8 +40,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        if self.received is None:
+            self.received, self._first = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._first > SAME_REQUEST:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

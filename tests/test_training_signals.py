@@ -1,0 +1,51 @@
+"""Signals become a flag; impatience still ends the process; handlers are put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from cn_hf.training import signals
+from cn_hf.training.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_also_twice(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # a launcher passes on what the process got itself
+        assert stop.received == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_one_later_is_obeyed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "SAME_REQUEST", -1.0)
+    with StopRequest() as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012  # the second kill must raise
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back_after_an_exception() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        1 / 0  # noqa: B018
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_note_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def within() -> None:
+        with StopRequest() as stop:
+            assert signal.getsignal(signal.SIGTERM) is before
+            assert stop.received is None
+
+    thread = threading.Thread(target=within)
+    thread.start()
+    thread.join()
