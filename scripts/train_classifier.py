@@ -17,9 +17,12 @@ from cn_hf.training.config import TrainingConfig
 
 def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
     """Import the heavy libraries only once the options are known to be right."""
+    from accelerate import PartialState
+
     from cn_hf.training.classifier import train_classifier
 
     train_classifier(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

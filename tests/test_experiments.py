@@ -373,6 +373,10 @@ def test_the_sentence_on_the_masked_baseline(
     assert numbers in sentence
 
 
+def test_a_baseline_alone_says_what_the_contexts_tell(tmp_path: Path) -> None:
+    assert sentences(tiny_results(tmp_path, [], [500])) == ["One: A leak."]
+
+
 def test_the_standard_error_against_the_masked_baseline() -> None:
     pairs = [
         (protocol("a", "true contexts", 630), protocol("b", "leak check", 580)),

@@ -12,18 +12,22 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from cn_hf.data import PreparedData
 from cn_hf.errors import TrainingError
 from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, read_result, select_cells
 from cn_hf.experiments.report import check_report, write_report
 from cn_hf.experiments.sources import check_datasets, find_datasets
 from cn_hf.experiments.spec import read_experiment
 from cn_hf.training.classifier import train_classifier
+from cn_hf.training.config import TrainingConfig
+from cn_hf.training.sources import data_options, load_data
 from cn_hf.training.supervised import make_accelerator
 
 __all__ = ["reproduce_experiment", "run_cells"]
@@ -104,7 +108,7 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
     """
     failures: dict[str, str] = {}
     seconds: list[float] = []
-    say = accelerator.print
+    say, data = accelerator.print, _SharedData(accelerator)
     for number, cell in enumerate(cells, start=1):
         with _reserved(cell, accelerator) as state:
             if state != "free":
@@ -116,7 +120,7 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             started = time.perf_counter()
             try:
                 with _logged(cell, accelerator):
-                    train_classifier(cell.config, resume=True)
+                    train_classifier(cell.config, resume=True, data=data.of(cell.config))
             except TrainingError as error:
                 failures[cell.name] = f"{cell.name}: {error}"
                 say(f"failed: {error}")
@@ -127,6 +131,23 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             seconds.append(time.perf_counter() - started)
             say(f"took {_duration(seconds[-1])}")
     return failures
+
+
+class _SharedData:
+    """Data loaded once for all cells in a row that need the same: it takes as long as many an epoch."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._options: dict[str, Any] | None = None
+        self._data: PreparedData | None = None
+
+    def of(self, config: TrainingConfig) -> PreparedData:
+        """The data that a config names."""
+        options = data_options(config)
+        if self._data is None or options != self._options:
+            self._data = None  # two would not always fit into memory
+            self._data, self._options = load_data(config, self._accelerator), options
+        return self._data
 
 
 @contextlib.contextmanager

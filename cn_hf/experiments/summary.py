@@ -199,10 +199,8 @@ def sentences(results: Results) -> list[str]:
     said = []
     baseline = results.experiment.trained.get(results.experiment.baseline)
     for column in results.columns():
-        leaks = [
-            f for result in results.first_with_contexts() if result.cell.column == column.name for f in result.findings
-        ]
-        said += [f"{column.title}: {leak}" for leak in leaks[:1]]
+        first = next(result for result in results.finished if result.cell.column == column.name)
+        said += [f"{column.title}: {leak}" for leak in first.findings[:1]]
         for row in results.rows_with_contexts(column):
             if baseline is not None:
                 said.append(f"{column.title}: {_against_masked(results, row, baseline, column)}")

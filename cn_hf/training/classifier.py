@@ -42,7 +42,12 @@ __all__ = ["build_classifier", "start_norms", "train_classifier"]
 
 
 def train_classifier(
-    config: TrainingConfig, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+    config: TrainingConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    data: PreparedData | None = None,
 ) -> ClassifierRun | None:
     """Train and evaluate an image classifier as ``config`` says; write the results where it names a folder.
 
@@ -53,6 +58,7 @@ def train_classifier(
         resume: Go on with the run in the output folder from its last checkpoint, or start it if there is none.
         overwrite: Remove the run that the output folder holds first.
         dry_run: Only print the config, what the data holds and what is patched, and draw the first batch.
+        data: From ``load_data`` for a config with the same ``data_options``; None: loaded now.
 
     Returns:
         What the run made; None after a dry run, and where ``resume`` met a finished run (see its ``results.json``).
@@ -67,7 +73,7 @@ def train_classifier(
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
         return None
     check_network_name(config.model)
-    data = load_data(config, accelerator)
+    data = load_data(config, accelerator) if data is None else data
     if data.train is None or len(data.train) == 0:
         raise TrainingError(
             f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
@@ -96,7 +102,8 @@ def train_classifier(
         write_run(run, folder)
         print(f"\nwritten to {folder}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would end the processes' group, too
+        tracker.finish()
     return run
 
 

@@ -48,7 +48,7 @@ from cn_hf.errors import ConfigError, DatasetError, nearest
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import published_normalization
 
-__all__ = ["CONTEXT_KINDS", "class_counts", "context_source", "load_data"]
+__all__ = ["CONTEXT_KINDS", "class_counts", "context_source", "data_options", "load_data"]
 
 CONTEXT_KINDS = ("none", "column", "origin", "clusters", "brightness")
 
@@ -66,6 +66,14 @@ def load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
         raise ConfigError("no dataset given; name a load_dataset id or a folder (--dataset)")
     with _datasets_bars(config.progress and accelerator.is_main_process):
         return _load_data(config, accelerator)
+
+
+def data_options(config: TrainingConfig) -> dict[str, Any]:
+    """The options that decide what ``load_data`` gives: runs that agree in them can share it."""
+    named = [field.name for field in dataclasses.fields(config) if field.metadata["section"] == "data"]
+    named += ["contexts", "num_contexts", "balance_contexts", "batch_size", "seed", "pretrained"]
+    options = {name: getattr(config, name) for name in named}
+    return {**options, "model": config.model if config.pretrained else None}
 
 
 def class_counts(batches: Batches, num_classes: int, num_contexts: int, config: TrainingConfig) -> Tensor | None:
