@@ -21,8 +21,9 @@ from filelock import FileLock
 from PIL import Image
 
 import cn_hf.experiments.runner as runner
+from cn_hf.data import PreparedData
 from cn_hf.errors import ConfigError, DatasetFileError, TrainingInterruptedError
-from cn_hf.experiments.cells import Cell, plan_cells, read_result
+from cn_hf.experiments.cells import Cell, plan_cells, read_epochs, read_result
 from cn_hf.experiments.report import write_report
 from cn_hf.experiments.runner import reproduce_experiment
 from cn_hf.experiments.spec import BUDGETS, Experiment, read_experiment
@@ -99,13 +100,34 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     folders: list[str] = []
     train = runner.train_classifier
 
-    def counting(config: TrainingConfig, *, resume: bool) -> object:
+    def counting(config: TrainingConfig, *, resume: bool, data: PreparedData) -> object:
         assert resume
         folders.append(Path(str(config.output_dir)).name)
-        return train(config, resume=True)
+        return train(config, resume=True, data=data)
 
     monkeypatch.setattr(runner, "train_classifier", counting)
     return folders
+
+
+def test_cells_of_the_same_data_share_it(
+    tiny: Experiment, dots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    load = runner.load_data
+
+    def counting(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
+        seeds.append(config.seed)
+        return load(config, accelerator)
+
+    monkeypatch.setattr(runner, "load_data", counting)
+    cells = tiny_cells(tiny, dots, tmp_path / "shared")
+    assert run(cells) == {}
+    assert len(cells) == 6
+    assert seeds == [0, 1]
+    alone = tiny_cells(tiny, dots, tmp_path / "alone")[-1]  # after which the others have trained on the same data
+    assert run([alone]) == {}
+    losses = [[(epoch["train_loss"], epoch["validation_loss"]) for epoch in read_epochs(c)] for c in (alone, cells[-1])]
+    assert losses[0] == losses[1]
 
 
 def with_options(cell: Cell, **changes: object) -> Cell:

@@ -71,9 +71,14 @@ def load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
 def data_options(config: TrainingConfig) -> dict[str, Any]:
     """The options that decide what ``load_data`` gives: runs that agree in them can share it."""
     named = [field.name for field in dataclasses.fields(config) if field.metadata["section"] == "data"]
-    named += ["contexts", "num_contexts", "balance_contexts", "batch_size", "seed", "pretrained"]
+    named += ["contexts", "balance_contexts", "batch_size", "seed"]
     options = {name: getattr(config, name) for name in named}
-    return {**options, "model": config.model if config.pretrained else None}
+    kind, arguments = context_kind(config)
+    if kind == "clusters" and len(arguments) < 2:
+        options["num_contexts"] = config.num_contexts
+    if config.pretrained:  # its normalisation is the data's
+        options["model"] = config.model
+    return options
 
 
 def class_counts(batches: Batches, num_classes: int, num_contexts: int, config: TrainingConfig) -> Tensor | None:
