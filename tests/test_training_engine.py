@@ -174,3 +174,34 @@ def test_soft_labels(tmp_path: Path) -> None:
     # weights 0.8 and 0.1 are label smoothing of 0.3 over 3 classes
     trained(hard, label_smoothing=0.3)
     assert_same_weights(model, hard, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path: Path, precision: str) -> None:
+    class Stopping(TensorBatches):
+        """Data that fails in the second epoch."""
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for number, batch in enumerate(super().__iter__()):
+                if self.epoch == 1 and number == 3:
+                    raise KeyboardInterrupt
+                yield batch
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = small_config(mixed_precision=precision, checkpoint_steps=2, ema_decay=0.9, clip_grad_norm=1.0)
+    data = small_data()
+    try:
+        alone, stopped = with_contexts(small_network()), with_contexts(small_network())
+        fit(alone, data, None, config=config, accelerator=make_accelerator(config), output_dir=tmp_path / "alone")
+        options: dict[str, Any] = {"config": config, "output_dir": tmp_path / "stopped"}
+        failing = Stopping(data.images, data.labels, data.batch_size, contexts=data.contexts)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped, failing, None, accelerator=make_accelerator(config), **options)
+        again = with_contexts(small_network())
+        fit(again, data, None, accelerator=make_accelerator(config), resume=True, **options)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert next(again.parameters()).device.type == "cuda"
+    assert_same_weights(again, alone, 1e-3 if precision != "no" else 1e-5)
