@@ -18,6 +18,7 @@ __all__ = [
     "ContextSourceError",
     "DatasetError",
     "DatasetFileError",
+    "DivergedError",
     "InputShapeError",
     "InputTypeError",
     "PatchError",
@@ -74,6 +75,10 @@ class CheckpointError(CnHfError, OSError):
 
 class TrainingError(CnHfError, ValueError):
     """A run cannot start or go on as asked."""
+
+
+class DivergedError(TrainingError):
+    """The training loss is no longer a finite number; every process of the run meets this error."""
 
 
 class TrainingInterruptedError(CnHfError, InterruptedError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from test_training_supervised import CLASSES, TensorBatches, small_config, small
 from torch import nn
 
 from cn_hf.errors import CheckpointError, TrainingError
+from cn_hf.training.checkpoints import find_checkpoint, save_checkpoint
 from cn_hf.training.optimization import build_optimizer
 from cn_hf.training.supervised import fit, make_accelerator
 from cn_hf.training.validation import mean_loss_and_accuracy
@@ -134,12 +136,16 @@ def test_a_full_disk_ends_the_run_and_keeps_what_there_was(tmp_path: Path) -> No
     model = small_network()
     config = small_config(checkpoint_steps=2)
     fit(model, small_data(), None, config=config, accelerator=Accelerator(), output_dir=tmp_path)
+    newest, last = sorted((tmp_path / "checkpoints").glob("step-*"))[::-1]
+    shutil.rmtree(newest)
     before = sorted((tmp_path / "checkpoints").rglob("*"))
+    assert last in before
+    options: dict[str, Any] = {"accelerator": Accelerator(), "output_dir": tmp_path, "resume": True}
     limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
     try:
         with pytest.raises(CheckpointError, match=r"a checkpoint cannot be written: .*MiB free.*--resume"):
-            fit(small_network(), small_data(), None, config=config, accelerator=Accelerator(), output_dir=tmp_path)
+            fit(small_network(), small_data(), None, config=config, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, action)
@@ -205,3 +211,39 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path: Path, precision: s
         AcceleratorState._reset_state(reset_partial_state=True)
     assert next(again.parameters()).device.type == "cuda"
     assert_same_weights(again, alone, 1e-3 if precision != "no" else 1e-5)
+
+
+def test_a_folder_with_checkpoints_is_not_trained_into_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"config": small_config(), "accelerator": Accelerator(), "output_dir": tmp_path}
+    fit(small_network(), small_data(), None, **options)
+    with pytest.raises(CheckpointError, match="holds a run's; resume it"):
+        fit(small_network(), small_data(), None, **options)
+
+
+def test_patience_needs_validation() -> None:
+    with pytest.raises(TrainingError, match="patience 2 needs validation data"):
+        trained(small_network(), patience=2)
+
+
+def test_a_launcher_s_accumulation_does_not_divide_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, launched = small_network(), small_network()
+    trained(plain)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = small_config()
+    fit(launched, small_data(), None, config=config, accelerator=make_accelerator(config))
+    assert_same_weights(launched, plain)
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    for step in (80, 100):
+        save_checkpoint(tmp_path, step, {"a.pt": [step]}, keep=5, accelerator=accelerator)
+    (tmp_path / "step-00000100" / "a.pt").write_bytes(b"")
+    found = find_checkpoint(tmp_path, accelerator)
+    assert found is not None
+    assert (found.step, len(found.damaged)) == (80, 1)
+    save_checkpoint(tmp_path, 90, {"a.pt": [90]}, keep=1, accelerator=accelerator)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000090"]
+    (tmp_path / "step-00000090" / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match="KeyError"):
+        find_checkpoint(tmp_path, accelerator)

@@ -22,6 +22,7 @@ SAME = CONFIG.replace(checkpoint_steps=None, accumulation_steps=1, optimizer="sg
     [
         *((kind, processes, torch.float64, 1e-8) for kind in ("cn", "bn", "mn") for processes in (2, 3)),
         *((kind, 2, torch.float32, 1e-5) for kind in ("cn", "bn", "mn")),
+        ("unused", 2, torch.float64, 1e-8),
     ],
 )
 def test_weights_of_one_process(

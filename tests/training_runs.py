@@ -42,7 +42,9 @@ def network(kind: str = "everything") -> nn.Module:
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8),
         nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES),
     )  # fmt: skip
-    if kind == "bn":
+    if kind == "unused":
+        model[9].register_parameter("mask", nn.Parameter(torch.ones(3)))
+    if kind in ("bn", "unused"):
         return model
     model[5].num_batches_tracked.add_(1)
     if kind == "cn without bn":

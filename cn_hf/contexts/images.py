@@ -309,7 +309,8 @@ def size_mismatch(row: int, shape: Sequence[int], first_row: int, first_shape: S
     """The error for images of differing sizes (shapes HWC) where one size is needed."""
     return DatasetError(
         f"Image {row} is {shape[0]}x{shape[1]}, image {first_row} is {first_shape[0]}x{first_shape[1]} "
-        "(height x width). One size is needed here: give image_size=(height, width) to resize all."
+        "(height x width). One size is needed here: give image_size=(height, width) to resize all "
+        "(decode_size in a training config)."
     )
 
 

@@ -95,6 +95,7 @@ class Batches(ABC):
         self.mixing = mixing
         self.balance_contexts = balance_contexts
         self.mean, self.std = _per_channel(mean, std)
+        self._tables: tuple[Tensor, Tensor] | None = None
         self.device = torch.device(device)
         self.num_processes = num_processes
         self.process_index = process_index
@@ -196,14 +197,19 @@ class Batches(ABC):
             images, labels, context_ids = self.mixing(
                 images, labels, context_ids, seed=seed, places=places, total=total
             )
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
+        mean, std = self._mean_and_std(images.device)
         batch = {"pixel_values": images.sub(mean).div_(std).to(self.dtype), "labels": labels}
         if context_ids is not None:
             batch["context_ids"] = context_ids
         batch["index"] = rows
         return batch
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(1, C, 1, 1) each, made once: to copy them for every batch would make a GPU wait."""
+        if self._tables is None or self._tables[0].device != device:
+            mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+            self._tables = mean, std
+        return self._tables
 
 
 class DeviceBatches(Batches):

@@ -301,7 +301,7 @@ def _pick(available: AnySplits, split: str | None, source: str, streaming: bool)
     named = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     for base in named:
         if base not in available:
-            raise DatasetError(f"{source} has no split {base!r}: {nearest(base, available)} For none, give None")
+            raise DatasetError(f"{source} has no split {base!r}: {nearest(base, available)} For no split, give none")
     if streaming:
         raise ConfigError(f"split {split!r} is a slice, which a stream cannot give; use one of {list(available)}")
     lengths = {key: len(dataset) for key, dataset in available.items()}

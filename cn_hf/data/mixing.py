@@ -151,9 +151,10 @@ class Mixing:
         box = torch.from_numpy(draws.box[pair])
         area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / (height * width)
         device = images.device
-        share = (level * area).to(device, torch.float32).unsqueeze(1)
-        partner = partner.to(device)
-        weight = _weight_map(level.to(device, images.dtype), box.to(device), height, width)
+        share = (level * area).to(device, torch.float32, non_blocking=True).unsqueeze(1)
+        partner = partner.to(device, non_blocking=True)
+        level, box = level.to(device, images.dtype, non_blocking=True), box.to(device, non_blocking=True)
+        weight = _weight_map(level, box, height, width)
         mixed_contexts = None
         if context_ids is not None:
             mixed_contexts = _swapped(_as_weights(context_ids, self.num_contexts), partner, share)

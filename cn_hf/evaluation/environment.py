@@ -18,7 +18,7 @@ import torch
 
 from cn_hf import __version__
 
-__all__ = ["portable_command", "run_environment"]
+__all__ = ["portable_command", "portable_path", "run_environment"]
 
 LIBRARIES = (
     "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "evaluate",
@@ -65,17 +65,18 @@ def portable_command(arguments: Sequence[str]) -> str:
     if not arguments:
         return ""
     program, rest = arguments[0], arguments[1:]
-    words = ["python", _portable_path(program)] if program.endswith(".py") else [Path(program).name]
+    words = ["python", portable_path(program)] if program.endswith(".py") else [Path(program).name]
     for argument in rest:
         option, separator, value = argument.partition("=")
         if separator and option.startswith("-"):
-            words.append(f"{option}={_portable_path(value)}")
+            words.append(f"{option}={portable_path(value)}")
         else:
-            words.append(_portable_path(argument))
+            words.append(portable_path(argument))
     return shlex.join(words)
 
 
-def _portable_path(text: str) -> str:
+def portable_path(text: str) -> str:
+    """An absolute path as the part of it below the working folder, or else its last part; other text as it is."""
     path = Path(text).expanduser() if text.startswith("~") else Path(text)
     if not path.is_absolute():
         return text

@@ -162,10 +162,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
             described = _read_json(cell.folder / name)
             if described is None:
                 continue
-            differences = dict(cell.config.differences(_config_of(described, cell.folder / name)))
-            if (then := differences.pop("dataset", None)) is not None and _last_parts(then[0]) != _last_parts(then[1]):
-                differences["dataset"] = then
-            if differences:
+            if differences := cell.config.differences(_config_of(described, cell.folder / name)):
                 listed = "; ".join(f"{option} was {then!r}, is {now!r}" for option, (then, now) in differences.items())
                 raise ConfigError(
                     f"{cell.folder} holds a run of another protocol or budget ({listed}). Nothing was overwritten; "
@@ -245,8 +242,3 @@ def _config_of(described: Any, file: Path) -> Mapping[str, Any]:
 
 def _unreadable(file: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read: {problem}. Remove its folder to run the cell again")
-
-
-def _last_parts(datasets: Sequence[str]) -> list[str]:
-    """Names of datasets wherever they are: ``uoft-cs/cifar10`` and ``/data/cifar10`` are the same one."""
-    return [Path(dataset).name for dataset in datasets]

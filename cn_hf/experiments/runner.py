@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from cn_hf.data import PreparedData
-from cn_hf.errors import TrainingError
+from cn_hf.errors import DivergedError, TrainingError
 from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, read_result, select_cells
 from cn_hf.experiments.report import check_report, write_report
 from cn_hf.experiments.sources import check_datasets, find_datasets
@@ -121,7 +121,7 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             try:
                 with _logged(cell, accelerator):
                     train_classifier(cell.config, resume=True, data=data.of(cell.config))
-            except TrainingError as error:
+            except DivergedError as error:
                 failures[cell.name] = f"{cell.name}: {error}"
                 say(f"failed: {error}")
             else:

@@ -178,7 +178,7 @@ class MixtureNorm(FeatureNorm):
         starts = torch.arange(0, total - step + 1, step)
         generator = torch.Generator().manual_seed(self.seed)
         places = starts + torch.randint(step, starts.shape, generator=generator) - first
-        return vectors[places[(places >= 0) & (places < len(vectors))].to(vectors.device)]
+        return vectors[places[(places >= 0) & (places < len(vectors))].to(vectors.device, non_blocking=True)]
 
     @torch.no_grad()
     def _track(self, theta: Mixture, mean: Tensor, var: Tensor) -> None:

@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import read_description
+from cn_hf.files import read_description, write_whole
 
-__all__ = ["Checkpoint", "find_checkpoint", "newest_step", "save_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint", "newest_step", "save_checkpoint", "write_together"]
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         problem = _attempt(_publish, partial, final, step, everything)
         if problem is None and prefix == "step":
-            _prune(folder, keep)
+            problem = _attempt(_prune, folder, step, keep)
     _raise_together(problem, accelerator, partial)
     return final
 
@@ -140,14 +140,17 @@ def _damage(path: Path) -> str | None:
         manifest = read_description(path / _MANIFEST, newest=FORMAT, what="training checkpoint")
     except CheckpointError as error:
         return str(error)
-    for name, facts in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != facts["bytes"]:
-            return f"{name} has {size:,} of {facts['bytes']:,} bytes"
-        if _digest(file) != facts["sha256"]:
-            return f"{name} has another checksum than it was written with"
+    try:
+        for name, facts in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if (size := file.stat().st_size) != facts["bytes"]:
+                return f"{name} has {size:,} of {facts['bytes']:,} bytes"
+            if _digest(file) != facts["sha256"]:
+                return f"{name} has another checksum than it was written with"
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return repr(error)
     return None
 
 
@@ -190,8 +193,11 @@ def _publish(partial: Path, final: Path, step: int, files: dict[str, dict[str, A
     _sync_folder(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in sorted(_checkpoints(folder), key=_step_of)[:-keep]:
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest ``keep``; those of later steps were passed over as damaged, and go first."""
+    paths = sorted(_checkpoints(folder), key=_step_of)
+    later = [path for path in paths if _step_of(path) > step]
+    for path in (*later, *paths[: len(paths) - len(later)][:-keep]):
         _remove(path)
 
 
@@ -216,6 +222,16 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_together(path: Path, content: bytes, accelerator: Accelerator) -> None:
+    """Write a file whole in the main process; every process must call it.
+
+    Raises:
+        CheckpointError: It cannot be written; in every process.
+    """
+    problem = _attempt(write_whole, path, content) if accelerator.is_main_process else None
+    _raise_together(problem, accelerator)
 
 
 def _attempt(action: Any, *arguments: Any) -> str | None:

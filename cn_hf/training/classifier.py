@@ -66,6 +66,8 @@ def train_classifier(
     Raises:
         CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
     """
+    if config.output_dir is None and (resume or overwrite):
+        raise ConfigError("resume and overwrite are about the run in an output folder; give output_dir")
     check_trackers(config.trackers, has_folder=config.output_dir is not None)
     accelerator = make_accelerator(config)
     folder = None if config.output_dir is None else Path(config.output_dir)
@@ -84,14 +86,32 @@ def train_classifier(
             print(preview(config, model, data, folder=folder))
         return None
     accelerator.print(data_in_words(data) + "\n" + network_in_words(config, model))
-    start_trackers(accelerator, config, folder, step=0 if folder is None else newest_step(folder / CHECKPOINTS))
+    steps = len(data.train) * config.epochs  # after which the baseline's follow, so that trackers' steps go on rising
+    start_trackers(accelerator, config, folder, step=_steps_done(folder, steps))
+    try:
+        run = _run(config, model, data, accelerator, folder, resume, steps)
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end the processes' group, too
+            tracker.finish()
+    return run
+
+
+def _run(
+    config: TrainingConfig,
+    model: nn.Module,
+    data: PreparedData,
+    accelerator: Accelerator,
+    folder: Path | None,
+    resume: bool,
+    steps: int,
+) -> ClassifierRun:
+    """Train the network and the baseline, evaluate, print and write."""
     name = run_name(config)
     histories = {name: _fit(model, data, config, accelerator, name, folder, resume)}
     baseline: nn.Module | None = None
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
         baseline = build_classifier(plain, data)
-        steps = len(data.train) * config.epochs  # so that trackers' steps go on rising
         baseline_folder = None if folder is None else folder / "baseline"
         histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", baseline_folder, resume, steps)
     report = _evaluate(config, model, baseline, data, accelerator)
@@ -102,9 +122,15 @@ def train_classifier(
         write_run(run, folder)
         print(f"\nwritten to {folder}")
     accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:  # end_training would end the processes' group, too
-        tracker.finish()
     return run
+
+
+def _steps_done(folder: Path | None, steps: int) -> int:
+    """What trackers have been told at the checkpoint that a run goes on from; ``steps`` are the main network's."""
+    if folder is None:
+        return 0
+    of_baseline = newest_step(folder / "baseline" / CHECKPOINTS)
+    return steps + of_baseline if of_baseline else newest_step(folder / CHECKPOINTS)
 
 
 def _claimed(folder: Path, config: TrainingConfig, accelerator: Accelerator, resume: bool, overwrite: bool) -> bool:

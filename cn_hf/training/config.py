@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["CALIBRATE", "MIXED_PRECISIONS", "OPTIMIZERS", "PLACEMENTS", "SCHEDULES", "TrainingConfig", "option"]
 
 # Options that a resumed run may be given anew: none of them changes what is learned.
-FREE_ON_RESUME = ("output_dir", "progress", "checkpoint_steps", "keep_checkpoints", "trackers", "num_workers", "memory")
+FREE_ON_RESUME = ("output_dir", "progress", "checkpoint_steps", "keep_checkpoints", "trackers", "num_workers")
 
 OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
@@ -66,7 +66,7 @@ class TrainingConfig:
     dataset_config: str | None = option("configuration of the dataset, where it has several", None, section="data")
     train_split: str = option("split to train on", "train", section="data")
     validation_split: str | None = option("split to validate on; else a part of train", None, section="data")
-    test_split: str = option("split to report on", "test", section="data")
+    test_split: str | None = option("split to report on; none for no test", "test", section="data")
     validation_fraction: float = option("part of train kept for validation", 0.1, section="data")
     image_column: str | None = option("image column; found by its type if not given", None, section="data")
     label_column: str | None = option("label column; found by its type if not given", None, section="data")
@@ -240,7 +240,13 @@ class TrainingConfig:
         """
         own, default = self.to_dict(), TrainingConfig(model=self.model).to_dict()
         pairs = {name: (other.get(name, default[name]), value) for name, value in own.items()}
-        return {name: pair for name, pair in pairs.items() if name not in FREE_ON_RESUME and pair[0] != pair[1]}
+        changed = {name: pair for name, pair in pairs.items() if name not in FREE_ON_RESUME and pair[0] != pair[1]}
+        # A folder may have moved; whether its data is the same is for the data's fingerprint to say.
+        if "dataset" in changed and [Path(name).name for name in changed["dataset"][0]] == [
+            Path(name).name for name in changed["dataset"][1]
+        ]:
+            del changed["dataset"]
+        return changed
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some options changed, validated again."""

@@ -18,6 +18,7 @@ import cn_hf
 from cn_hf.data import PreparedData
 from cn_hf.errors import CheckpointError
 from cn_hf.evaluation import ProtocolReport, plot_protocols, plot_training_curves, protocol_table, write_results
+from cn_hf.evaluation.environment import portable_path
 from cn_hf.files import write_whole
 from cn_hf.hub import save_pretrained
 from cn_hf.patching.config import BASELINES
@@ -97,7 +98,7 @@ def _results(run: ClassifierRun) -> dict[str, Any]:
     data = run.data
     batches = {"train": data.train, "validation": data.validation, "test": data.test}
     return {
-        "config": run.config.to_dict(),
+        "config": _portable(run.config),
         "data": {
             "images": {split: b.num_rows for split, b in batches.items() if b is not None},
             "skipped": {split: list(rows) for split, rows in data.skipped.items()},
@@ -113,6 +114,12 @@ def _results(run: ClassifierRun) -> dict[str, Any]:
         "evaluated_split": "validation" if data.test is None else "test",
         "evaluation": run.report,
     }
+
+
+def _portable(config: TrainingConfig) -> dict[str, Any]:
+    """The config as another machine would have it: results are published, and name no folder of this one."""
+    folder = None if config.output_dir is None else portable_path(config.output_dir)
+    return {**config.to_dict(), "dataset": [portable_path(name) for name in config.dataset], "output_dir": folder}
 
 
 def network_facts(model: nn.Module) -> dict[str, Any]:

@@ -100,12 +100,13 @@ class RunState:
     def files(self) -> dict[str, Any]:
         """What this process has to write down: its random numbers, and its part of the rest, or all of it in one."""
         rank, scaler = self.accelerator.process_index, self.accelerator.scaler
-        files: dict[str, Any] = {f"random-{rank:05d}.pt": random_state()}
+        files: dict[str, Any] = {f"random-{rank:05d}.pt": random_state(self.accelerator.device)}
         if rank == 0 or is_sharded(self.accelerator):
             files[f"state-{rank:05d}.pt"] = {
                 "config": self.config.to_dict(),
                 "data": self.fingerprint,
                 "processes": self.accelerator.num_processes,
+                "sharded": is_sharded(self.accelerator),
                 "place": dataclasses.asdict(self.place),
                 "history": self.history.to_dict(),
                 "model": local_copy(self.network.state_dict()),
@@ -143,7 +144,7 @@ class RunState:
         if self.average is not None:
             self.average.load(state["average"])
         if state["processes"] == processes:
-            set_random_state(found.read(f"random-{rank:05d}.pt"))
+            set_random_state(found.read(f"random-{rank:05d}.pt"), self.accelerator.device)
         else:
             set_seed(self.config.seed + self.place.step, device_specific=True)
             say(
@@ -154,9 +155,12 @@ class RunState:
         say(f"{description}: going on after step {self.place.step} ({found.path.name})")
 
     def _check_same_run(self, path: Path, state: Any) -> None:
-        if state is None or (is_sharded(self.accelerator) and state["processes"] != self.accelerator.num_processes):
+        sharded = is_sharded(self.accelerator)
+        if state is None or state["sharded"] != sharded:
+            raise TrainingError(f"{path} is of a run {'without' if sharded else 'with'} FSDP; start it as it was then")
+        if sharded and state["processes"] != self.accelerator.num_processes:
             raise TrainingError(
-                f"{path} is of another number of processes, each of which had a part of the weights; use as many again"
+                f"{path} is of {state['processes']} processes, each of which had a part of the weights; use as many"
             )
         if differences := self.config.differences(state["config"]):
             listed = "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differences.items())

@@ -48,5 +48,6 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: set by other than Python code, and so not for us to set again
+                signal.signal(number, handler)
         self._before.clear()

@@ -134,6 +134,9 @@ def context_kind(config: TrainingConfig) -> tuple[str, list[str]]:
 
 
 def _load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
+    for name in ("names", "image_size"):
+        if name in config.augment_options:
+            raise ConfigError(f"augment_options holds {name!r}, which has an option of its own")
     augmentation = build_augmentation(config.augment, image_size=config.image_size, **config.augment_options)
     source = context_source(config)
     with accelerator.main_process_first():  # the others then find what the first has put into the cache

@@ -22,19 +22,18 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
-from cn_hf.errors import TrainingError, TrainingInterruptedError
+from cn_hf.errors import CheckpointError, DivergedError, TrainingError, TrainingInterruptedError
 from cn_hf.evaluation.networks import bare_network
-from cn_hf.files import write_whole
 from cn_hf.patching.synchronize import synchronize_batch_norms
-from cn_hf.training.checkpoints import save_checkpoint
+from cn_hf.training.checkpoints import newest_step, save_checkpoint, write_together
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
 from cn_hf.training.memory import largest_fitting_batch, out_of_memory, out_of_memory_message
@@ -45,27 +44,11 @@ from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.run_state import RunState
 from cn_hf.training.sharding import obey_fsdp_settings, trained_as_a_whole
 from cn_hf.training.signals import StopRequest
+from cn_hf.training.training_batches import TrainingBatches
+from cn_hf.training.unused import leaves_parameters_unused, may_leave_unused
 from cn_hf.training.validation import Batch, batch_totals, forward_logits, mean_loss_and_accuracy, on_device
 
 __all__ = ["TrainingBatches", "fit", "make_accelerator"]
-
-
-class TrainingBatches(Protocol):
-    """What the loop needs of training data: one pass per epoch, a length in batches, a shuffle per epoch."""
-
-    @property
-    def num_samples(self) -> int:
-        """Images of an epoch over all processes."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __len__(self) -> int: ...
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Pick the shuffle and augmentation of epoch ``epoch`` and the batch to begin with, both counted from 0."""
-
-    def fingerprint(self) -> str:
-        """A text that differs where the data does."""
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -75,12 +58,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         TrainingError: This device lacks the precision, or the process already runs with another one.
     """
     try:
-        return Accelerator(mixed_precision=config.mixed_precision)
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise TrainingError(
             f"mixed_precision {config.mixed_precision!r} cannot be had here: {error} "
             "Choose 'no', or start the run in another process if this one began with another precision."
         ) from error
+    accelerator.gradient_accumulation_steps = 1  # a launcher's setting would divide the gradients once more
+    return accelerator
 
 
 def fit(
@@ -99,7 +84,8 @@ def fit(
 
     Sets the global random seeds to ``config.seed`` (plus the rank), so that networks trained one after the other with
     one config meet the same data order, augmentation and dropout. Batch norms take the statistics of all processes'
-    images. SIGTERM and Ctrl-C end the run at the end of a step, with a checkpoint. Where Accelerate is set up for FSDP2
+    images. SIGTERM and Ctrl-C end the run at the end of a step (of several processes with GPUs within 20 steps, when
+    they next tell each other their losses), with a checkpoint. Where Accelerate is set up for FSDP2
     (also on a CPU), parameters are sharded meanwhile, and after an error the network is as it was before.
 
     Args:
@@ -127,10 +113,17 @@ def fit(
     """
     if len(train_batches) == 0 or train_batches.num_samples == 0:
         raise TrainingError("the training data holds no images; check the split and its size")
-    set_seed(config.seed, device_specific=True)
     obey_fsdp_settings(accelerator)
     check_equal_lengths(len(train_batches), accelerator)
     folder = None if output_dir is None else Path(output_dir)
+    if folder is not None and not resume and newest_step(folder / CHECKPOINTS) > 0:
+        raise CheckpointError(f"{folder / CHECKPOINTS} holds a run's; resume it, remove it or give another folder")
+    if config.patience is not None and validation_batches is None:
+        raise TrainingError(f"patience {config.patience} needs validation data to look at; there is none")
+    _reset_loss_scale(accelerator)
+    if may_leave_unused(accelerator) and leaves_parameters_unused(model, train_batches, accelerator):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    set_seed(config.seed, device_specific=True)
     with (
         trained_as_a_whole(model, accelerator) as network,
         synchronize_batch_norms(network),
@@ -202,6 +195,8 @@ class _Loop:
             if self._is_due():
                 self._collect(bar)
                 self._save()
+            if stop.received is not None and self.accelerator.num_processes == 1:
+                self._collect(bar)
             if not self.pending:
                 self._obey(stop)
         self._collect(bar)
@@ -234,8 +229,9 @@ class _Loop:
         place.epoch, place.batch, place.seconds, place.totals = place.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
         self.state.history.stopped_early = self._out_of_patience()
         place.finished = self.state.history.stopped_early or place.epoch >= config.epochs
-        if self.folder is not None and self.accelerator.is_main_process:
-            write_whole(self.folder / "history.json", json.dumps(self.state.history.to_dict(), indent=2).encode())
+        if self.folder is not None:
+            content = json.dumps(self.state.history.to_dict(), indent=2).encode()
+            write_together(self.folder / "history.json", content, self.accelerator)
 
     def _step_or_explain(self, batch: Batch, bar: ProgressBar) -> None:
         """A training step; where the very first one runs out of memory, the error says what would fit."""
@@ -289,7 +285,8 @@ class _Loop:
         number = self.config.accumulation_steps
         if number == 1:
             return [batch]
-        number = min(number, math.ceil(images.item() / self.accelerator.num_processes))
+        processes = self.accelerator.num_processes
+        number = min(number, len(batch["labels"]) if processes == 1 else math.ceil(images.item() / processes))
         names, values = zip(*batch.items(), strict=True)
         parts = zip(*(value.tensor_split(number) for value in values), strict=True)
         return [dict(zip(names, part, strict=True)) for part in parts]
@@ -323,8 +320,9 @@ class _Loop:
             path = save_checkpoint(
                 self.folder / CHECKPOINTS, step, files, keep=1, accelerator=self.accelerator, prefix="failed"
             )
-            where = f" The weights and this list are in {path}; the checkpoints before it are kept."
-        raise TrainingError(
+            now = f"weights of now (step {self.state.place.step})"
+            where = f" The {now} and this list are in {path}; the checkpoints before it are kept."
+        raise DivergedError(
             f"the training loss is {loss} at step {step}, whose images are the dataset's rows [{shown}]; a lower "
             f"learning rate (now {self.optimizer.param_groups[0]['lr']:g}), warm-up, clip_grad_norm or mixed_precision "
             f"'no' (now {self.accelerator.mixed_precision!r}) may help.{where}"
@@ -389,6 +387,13 @@ class _Loop:
     def _is_due(self) -> bool:
         every = self.config.checkpoint_steps
         return every is not None and self.state.place.step % every == 0
+
+
+def _reset_loss_scale(accelerator: Accelerator) -> None:
+    """Begin with the loss scale of a new run, whatever was trained before."""
+    scaler = accelerator.scaler
+    if scaler is not None and scaler.is_enabled():
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scaler._init_scale, "_growth_tracker": 0})
 
 
 @contextlib.contextmanager
