@@ -96,7 +96,7 @@ def benchmark(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 256,
     rounds: Annotated[int, typer.Option(help="How often each variant has its turn.")] = 15,
-    steps: Annotated[int, typer.Option(help="Steps in one turn.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Steps in one turn; else 1 on a CPU, 50 elsewhere.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
     channels_last: Annotated[bool, typer.Option(help="Layout of images and convolutions.")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile the networks.")] = False,

@@ -207,7 +207,8 @@ def _norm_config(config: TrainingConfig, data: PreparedData) -> ContextNormConfi
     if data.context_names is None:
         raise ConfigError(
             f"mode {config.mode!r} needs contexts and the data has none; say where they come from, e.g. "
-            "--contexts clusters:gmm:3 or --contexts column:NAME"
+            "--contexts clusters:gmm:3 or --contexts column:NAME (a column context_ids counts if it is a ClassLabel, "
+            "which names them)"
         )
     count = len(data.context_names)
     if config.num_contexts is not None and config.num_contexts != count:

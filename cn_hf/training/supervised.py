@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from cn_hf.training.checkpoints import newest_step, save_checkpoint, write_toget
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
 from cn_hf.training.memory import largest_fitting_batch, out_of_memory, out_of_memory_message
-from cn_hf.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from cn_hf.training.optimization import learning_rate_at, set_learning_rate
+from cn_hf.training.preparation import prepared, reset_loss_scale
 from cn_hf.training.processes import check_equal_lengths, gathered, share_buffers, summed
 from cn_hf.training.progress import ProgressBar
 from cn_hf.training.run_folder import CHECKPOINTS
@@ -120,14 +121,14 @@ def fit(
         raise CheckpointError(f"{folder / CHECKPOINTS} holds a run's; resume it, remove it or give another folder")
     if config.patience is not None and validation_batches is None:
         raise TrainingError(f"patience {config.patience} needs validation data to look at; there is none")
-    _reset_loss_scale(accelerator)
+    reset_loss_scale(accelerator)
     if may_leave_unused(accelerator) and leaves_parameters_unused(model, train_batches, accelerator):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     set_seed(config.seed, device_specific=True)
     with (
         trained_as_a_whole(model, accelerator) as network,
         synchronize_batch_norms(network),
-        _prepared(network, config, accelerator) as (prepared_model, optimizer),
+        prepared(network, config, accelerator) as (prepared_model, optimizer),
     ):
         loop = _Loop(prepared_model, optimizer, train_batches, config, accelerator, folder, description, log_offset)
         if resume and folder is not None:
@@ -387,28 +388,3 @@ class _Loop:
     def _is_due(self) -> bool:
         every = self.config.checkpoint_steps
         return every is not None and self.state.place.step % every == 0
-
-
-def _reset_loss_scale(accelerator: Accelerator) -> None:
-    """Begin with the loss scale of a new run, whatever was trained before."""
-    scaler = accelerator.scaler
-    if scaler is not None and scaler.is_enabled():
-        scaler.load_state_dict({**scaler.state_dict(), "scale": scaler._init_scale, "_growth_tracker": 0})
-
-
-@contextlib.contextmanager
-def _prepared(model: nn.Module, config: TrainingConfig, accelerator: Accelerator) -> Iterator[tuple[nn.Module, Any]]:
-    """Model and optimizer as Accelerate wraps them; afterwards the model has its own ``forward`` back."""
-    names = ("forward", "_original_forward", "_compiled_call_impl")
-    own: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if config.compile:
-        model.compile()
-    try:
-        yield accelerator.prepare(model, build_optimizer(model, config))
-    finally:
-        for name in names:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(own)
-        accelerator.free_memory()
