@@ -197,7 +197,7 @@ def test_missing_folder_names_the_nearest(folder: Path) -> None:
 def test_missing_split_and_configuration_name_what_there_is(folder: Path, load: Callable[..., DatasetDict]) -> None:
     with pytest.raises(DatasetError, match=r"no split 'tests': did you mean 'test'\? Valid: 'test', 'train'"):
         load(folder, test_split="tests")
-    with pytest.raises(DatasetError, match=r"no split 'validation'.*give None"):
+    with pytest.raises(DatasetError, match=r"no split 'validation'.*give none"):
         load(folder, validation_split="validation")
     with pytest.raises(DatasetError, match="default"):
         load(folder, name="no_such_configuration")
