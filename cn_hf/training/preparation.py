@@ -20,7 +20,8 @@ def reset_loss_scale(accelerator: Accelerator) -> None:
     """Begin with the loss scale of a new run, whatever was trained before."""
     scaler = accelerator.scaler
     if scaler is not None and scaler.is_enabled():
-        scaler.load_state_dict({**scaler.state_dict(), "scale": scaler._init_scale, "_growth_tracker": 0})
+        # torch's default; the scaler's own start is overwritten when a checkpoint is loaded
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**16, "_growth_tracker": 0})
 
 
 @contextlib.contextmanager

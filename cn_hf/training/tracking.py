@@ -1,7 +1,7 @@
 """Experiment trackers (tensorboard, wandb, trackio, ...) as Accelerate runs them.
 
 Accelerate leaves out a tracker that is not installed without a word; here it is an error. Numbers then go to all of
-them by ``accelerator.log({name: number}, step=step)``, and ``accelerator.end_training()`` closes them.
+them by ``accelerator.log({name: number}, step=step)``; each tracker's ``finish()`` closes it.
 
 Files lie under ``<output folder>/logs``: tensorboard's in ``cn_hf``, wandb's in ``wandb``. Without a network, wandb
 needs ``WANDB_MODE=offline`` in the environment (``wandb sync`` uploads later); trackio stores locally anyway, where
