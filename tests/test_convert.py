@@ -12,17 +12,22 @@ import torch
 from models_for_tests import difference, settle, tensors_of
 from timm.layers import BatchNormAct2d, LayerNormAct, LayerNormAct2d, RmsNormAct2d
 from torch import Tensor, nn
+from transformers import BitConfig
 
 import cn_hf
 from cn_hf import CnHfError, PatchError
 from cn_hf.patching.convert import NORMS, REFUSED
+from cn_hf.patching.transformers_norms import ROOT_MEAN_SQUARE_NORMS
 
 C = 8
 
 
 def norm_class(name: str) -> Any:
     module, _, class_name = name.rpartition(".")
-    return getattr(importlib.import_module(module), class_name, None)
+    try:
+        return getattr(importlib.import_module(module), class_name, None)
+    except ModuleNotFoundError:
+        return None
 
 
 def model_with(name: str) -> tuple[nn.Module, Tensor]:
@@ -34,6 +39,8 @@ def model_with(name: str) -> tuple[nn.Module, Tensor]:
         norm = cls(4, C)
     elif cls.__name__ in ("GroupNorm", "GroupNormAct"):
         norm = cls(C, num_groups=4)
+    elif cls.__name__ == "BitGroupNormActivation":
+        norm = cls(BitConfig(num_groups=4, hidden_act="silu"), C)
     else:
         norm = cls(C)
     if cls.__name__ == "SyncBatchNormAct":  # timm makes these from BatchNormAct2d and hands the activation over
@@ -89,14 +96,15 @@ def test_learned_contexts_act_between_standardisation_and_affine_map(name: str) 
     entry = NORMS[name]
     norm = model[1]
     weight, bias = (None if getattr(norm, n, None) is None else getattr(norm, n).clone() for n in ("weight", "bias"))
-    act = norm.act if entry.fused else nn.Identity()
+    fused = "activation" if hasattr(norm, "activation") else "act"
+    act = getattr(norm, fused) if entry.fused else nn.Identity()
     bare = copy.deepcopy(model)
     for parameter_name, value in (("weight", 1.0), ("bias", 0.0)):
         parameter = getattr(bare[1], parameter_name, None)
         if parameter is not None:
             parameter.data.fill_(value)
     if entry.fused:
-        bare[1].act = nn.Identity()
+        setattr(bare[1], fused, nn.Identity())
     standardised = x if entry.standardize is None else bare(x)
     cn_hf.patch_model(model, "cn", where=["1"], parametrization="table")
     mean, var = random_statistics(model[1].normalizer)
@@ -133,8 +141,8 @@ def test_other_dtypes_are_kept_and_equal_at_their_rounding(name: str, dtype: tor
         after = model(x, context_ids=ids)
         assert after.dtype == before.dtype
         assert torch.isfinite(after).all()
-        # timm's Fp32 classes round doubles, and a model without any tensor does not tell that it is double.
-        rounds = "Fp32" in name or "InstanceNorm" in name
+        # Fp32 classes and transformers' RMS norms round doubles; a model without tensors does not tell its dtype.
+        rounds = "Fp32" in name or "InstanceNorm" in name or name in ROOT_MEAN_SQUARE_NORMS
         assert (
             difference(after, before)
             <= (1e-6 if rounds else 1e-10) + (dtype != torch.float64) * 4 * torch.finfo(dtype).eps

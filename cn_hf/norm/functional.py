@@ -58,6 +58,9 @@ __all__ = [
 ]
 
 
+_MOST_POSTERIORS = 2**24  # of contexts times vectors at a time, 64 MiB a copy: not all posteriors need to fit at once
+
+
 class _ShiftScale(torch.autograd.Function):
     """``(x - center) * scale + offset`` that keeps ``x`` alone for backward; the other arguments broadcast to ``x``."""
 
@@ -117,12 +120,13 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     return out
 
 
-def context_rows(table: Tensor, context_ids: Tensor | int) -> Tensor:
+def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = False) -> Tensor:
     """The row of ``table`` that belongs to each sample: a look-up for hard ids, a weighted mean for soft ones.
 
     Args:
         table: ``(T, C)``.
         context_ids: int64 ``(N,)``, a Python int, or float weights ``(N, T)``.
+        sparse: give ``table`` a sparse gradient where ``context_ids`` are int64 and nothing is being compiled.
 
     Returns:
         ``(N, C)``; ``(1, C)`` for a Python int.
@@ -132,7 +136,7 @@ def context_rows(table: Tensor, context_ids: Tensor | int) -> Tensor:
     if context_ids.is_floating_point():
         with full_precision(table.device):
             return context_ids.to(table.dtype) @ table
-    return F.embedding(context_ids, table)
+    return F.embedding(context_ids, table, sparse=sparse and not torch.compiler.is_compiling())
 
 
 def context_norm(
@@ -272,6 +276,9 @@ def context_norm_plus(
 ) -> Tensor:
     """CN+ (Eq. 9): all contexts combined by their posteriors, priors 1/T, for inputs whose context is unknown.
 
+    Time is that of ``T`` contexts for each vector. Memory beyond ``x`` and the statistics is bounded with
+    ``plus_stats="learned"``; with ``"batch"`` it holds all ``M x T`` posteriors several times.
+
     Args:
         x: activations ``(N, ..., C)`` or ``(N, C, ...)``.
         mean: ``(T, C)``.
@@ -297,13 +304,19 @@ def context_norm_plus(
         vectors, mean, var = _feature_vectors(x, feature_dim).to(dtype), mean.to(dtype), var.to(dtype)
         shift = mean.mean(dim=0)  # before anything is rounded: results do not depend on it, their digits do
         vectors, mean = vectors - shift, mean - shift
-        log_tau = log_posteriors(vectors, mean, var + eps, None)
-        if plus_stats == "batch":
-            mean, var = component_statistics(vectors, log_tau)
-        coefficient = log_tau.exp()
-        if plus_scale == "sqrt_t":
-            coefficient = coefficient * math.sqrt(mean.shape[0])
-        return _restore(mixture(vectors, coefficient, mean, var, eps=eps), x, feature_dim, weight, bias)
+
+        def combined(vectors: Tensor) -> Tensor:
+            log_tau = log_posteriors(vectors, mean, var + eps, None)
+            statistics = component_statistics(vectors, log_tau) if plus_stats == "batch" else (mean, var)
+            coefficient = log_tau.exp()
+            if plus_scale == "sqrt_t":
+                coefficient = coefficient * math.sqrt(mean.shape[0])
+            return mixture(vectors, coefficient, *statistics, eps=eps)
+
+        whole = plus_stats == "batch" or torch.compiler.is_compiling() or len(vectors) * len(mean) <= _MOST_POSTERIORS
+        parts = () if whole else vectors.split(max(1, _MOST_POSTERIORS // len(mean)))
+        out = combined(vectors) if whole else torch.cat([combined(part) for part in parts])
+        return _restore(out, x, feature_dim, weight, bias)
 
 
 def mixture_norm(

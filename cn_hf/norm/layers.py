@@ -95,6 +95,10 @@ class ContextNorm(FeatureNorm):
         inference: what evaluation without ids does: ``"cn+"`` combines all contexts (Eq. 9), ``"cn"`` is an error.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
+        sparse: as of ``nn.Embedding``: the gradient of what has a row a context (``sparse_parameters``) is sparse, so
+            that a training step costs what the batch's contexts cost, however large ``T`` is. For ``SGD``, ``Adagrad``
+            and ``SparseAdam``; ``AdamW`` refuses sparse gradients. Weights ``(N, T)`` and compiled graphs give dense
+            ones.
         device: of the parameters.
         dtype: of the parameters; arithmetic is float32 at least whatever it is.
 
@@ -117,6 +121,7 @@ class ContextNorm(FeatureNorm):
         inference: str = "cn+",
         plus_stats: str = "learned",
         plus_scale: str = "none",
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -142,6 +147,7 @@ class ContextNorm(FeatureNorm):
         self.inference = inference
         self.plus_stats = plus_stats
         self.plus_scale = plus_scale
+        self.sparse = sparse
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -210,6 +216,20 @@ class ContextNorm(FeatureNorm):
     def _storage(self) -> Tensor:
         return self.mean_table if self.parametrization == "table" else self.mean_weight
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters with a row a context: those whose gradient is sparse with ``sparse=True``."""
+        return [self.embedding] if self.parametrization == "embedder" else [self.mean_table, self.var_table]
+
+    def _row_dtype(self) -> tuple[torch.dtype, torch.dtype]:
+        """In what statistics are computed, and what they are rounded to.
+
+        In evaluation they are computed in float64. BLAS and vectorised functions round by the shape of a table; so a
+        row's bits do not depend on how many others there are, or which.
+        """
+        result = statistics_dtype(self._storage())
+        exact = not self.training and not torch.compiler.is_compiling() and self._storage().device.type != "mps"
+        return torch.float64 if exact else result, result
+
     def statistics(self, context_ids: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance (without eps) of all contexts, or of the given hard ids.
 
@@ -219,10 +239,10 @@ class ContextNorm(FeatureNorm):
         Returns:
             mean and var, ``(T, C)``, ``(1, C)`` or ``(N, C)``, float32 at least, differentiable.
         """
-        dtype = statistics_dtype(self._storage())
+        dtype, result = self._row_dtype()
 
         def select(table: Tensor) -> Tensor:
-            return (table if context_ids is None else context_rows(table, context_ids)).to(dtype)
+            return (table if context_ids is None else context_rows(table, context_ids, sparse=self.sparse)).to(dtype)
 
         if self.parametrization == "table":
             mean, raw = select(self.mean_table), select(self.var_table)
@@ -231,7 +251,8 @@ class ContextNorm(FeatureNorm):
                 alpha = select(self.embedding) + self.embedding_bias.to(dtype)
                 mean = F.linear(alpha, self.mean_weight.to(dtype), self.mean_bias.to(dtype))
                 raw = F.linear(alpha, self.var_weight.to(dtype), self.var_bias.to(dtype))
-        return mean, F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
+        var = F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
+        return mean.to(result), var.to(result)
 
     def _inverse_activation(self, var: Tensor) -> Tensor:
         var = var.clamp_min(1e-30)
@@ -366,13 +387,14 @@ class ContextNorm(FeatureNorm):
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (without eps) of each sample, ``(N, C)``, from checked hard or soft ids.
 
-        The tables of all contexts are computed once; with more contexts than samples, the samples' rows only.
+        The tables of all contexts are computed once; with more contexts than samples, or sparse gradients, the
+        samples' rows only.
         """
         ids = ids.to(self._storage().device)
         if not ids.is_floating_point():
             # A symbolic batch size must not be compared: the graph would be specialised to one side.
             limit = 256 if torch.compiler.is_compiling() else len(ids)
-            if self.num_contexts > limit:
+            if self.sparse or self.num_contexts > limit:
                 return self.statistics(ids)
         mean, var = self.statistics()
         return context_rows(mean, ids), context_rows(var, ids)

@@ -24,11 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import PatchedAttributeError, PatchError
-from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.norm.convolution import normalized_conv2d
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.patching.routing import ContextRouter, Swapped
+from cn_hf.patching.transformers_norms import (
+    FROZEN_BATCH_NORMS,
+    GROUP_NORMS,
+    GROUP_NORMS_WITH_ACTIVATION,
+    LAYER_NORMS_OF_FORMAT,
+    LAYER_NORMS_OF_MAPS,
+    ROOT_MEAN_SQUARE_NORMS,
+)
 
-__all__ = ["NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
+__all__ = ["MIXING", "NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
 
 Standardize = Callable[[Any, Tensor], Tensor]
 
@@ -52,6 +61,10 @@ def _simple_norm(norm: Any, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.var(dim=-1, keepdim=True) + norm.eps)
 
 
+def _root_mean_square(norm: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
+
+
 def _instance_norm(norm: Any, x: Tensor) -> Tensor:
     return F.instance_norm(x, None, None, None, None, True, 0.0, norm.eps)
 
@@ -63,19 +76,32 @@ def _on_maps(standardize: Standardize) -> Standardize:
     return on_maps
 
 
+def _layer_norm_of_format(norm: Any, x: Tensor) -> Tensor:
+    return (_LAYER_MAPS if norm.data_format == "channels_first" else _layer_norm)(norm, x)
+
+
 @dataclass(frozen=True, slots=True)
 class NormEntry:
     """What a norm class does, as far as swapping it needs to know.
 
     Attributes:
-        feature_dim: 1 for maps, -1 for tokens.
+        feature_dim: 1 for maps, -1 for tokens; norms with a ``data_format`` decide one by one (see ``axis``).
         standardize: its per-sample standardisation without the affine map; None where it stores statistics.
-        fused: a dropout ``drop`` and an activation ``act`` come after the affine map.
+        fused: a dropout ``drop`` and an activation ``act`` (or ``activation``) come after the affine map.
     """
 
     feature_dim: int
     standardize: Standardize | None
     fused: bool = False
+
+    def axis(self, norm: Any) -> int:
+        """The feature axis of a norm of this class: 1 or -1."""
+        return 1 if getattr(norm, "data_format", None) == "channels_first" else self.feature_dim
+
+    def eps(self, norm: Any) -> float:
+        """What a norm of this class adds to its variance."""
+        given = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
+        return next((float(eps) for eps in given if eps is not None), 1e-5 if self.standardize is None else 1e-6)
 
     def num_features(self, norm: Any) -> int:
         """``C`` of a norm of this class."""
@@ -140,13 +166,28 @@ NORMS: dict[str, NormEntry] = {
     "timm.layers.norm_act.RmsNormActFp32": NormEntry(-1, _rms_norm, fused=True),
     "timm.layers.norm_act.RmsNormAct2d": NormEntry(1, _RMS_MAPS, fused=True),
     "timm.layers.norm_act.RmsNormAct2dFp32": NormEntry(1, _RMS_MAPS, fused=True),
+    "timm.models.metaformer.GroupNorm1NoBias": NormEntry(1, _group_norm),
     "timm.models.metaformer.LayerNorm2dNoBias": NormEntry(1, _LAYER_MAPS),
     "timm.models.metaformer.LayerNormNoBias": NormEntry(-1, _layer_norm),
+    "torchvision.ops.misc.FrozenBatchNorm2d": _STORED_MAPS,
+    "torchvision.models.convnext.LayerNorm2d": NormEntry(1, _LAYER_MAPS),
+    **dict.fromkeys(LAYER_NORMS_OF_FORMAT, NormEntry(-1, _layer_norm_of_format)),
+    **dict.fromkeys(LAYER_NORMS_OF_MAPS, NormEntry(1, _LAYER_MAPS)),
+    **dict.fromkeys(ROOT_MEAN_SQUARE_NORMS, NormEntry(-1, _root_mean_square)),
+    **dict.fromkeys(FROZEN_BATCH_NORMS, _STORED_MAPS),
+    **dict.fromkeys(GROUP_NORMS, NormEntry(1, _group_norm)),
+    **dict.fromkeys(GROUP_NORMS_WITH_ACTIVATION, NormEntry(1, _group_norm, fused=True)),
 }
 """Every norm class cn_hf swaps, by qualified name, so that nothing is imported to look one up."""
 
 REFUSED: dict[str, str] = {
     "torch.nn.modules.normalization.LocalResponseNorm": "it divides by neighbouring channels; no mean or variance",
+    **{
+        f"torch.nn.modules.{kind}.Lazy{name}Norm{rank}d": "its features are unknown until a first forward: run one"
+        for kind, name in (("batchnorm", "Batch"), ("instancenorm", "Instance"))
+        for rank in (1, 2, 3)
+    },
+    "timm.layers.inplace_abn.InplaceAbn": "it is one CUDA kernel with its activation; use BatchNormAct2d instead",
     "timm.layers.grn.GlobalResponseNorm": "it rescales channels by each other; no mean or variance",
     "timm.layers.split_batchnorm.SplitBatchNorm2d": "it holds several batch norms; convert it to BatchNorm2d first",
     "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "its learned threshold is part of the normalization",
@@ -157,6 +198,11 @@ REFUSED: dict[str, str] = {
     },
 }
 """Norm-like classes that cannot be swapped, and why."""
+
+MIXING: dict[str, str] = {
+    "timm.models.csatv2.SpatialTransformerBlock": "its attention runs across the samples of a batch",
+}
+"""Modules that mix the samples of a batch, and how: norms inside them would mix contexts, and are left as they are."""
 
 
 def qualified_name(norm_class: type) -> str:
@@ -170,14 +216,21 @@ def qualified_name(norm_class: type) -> str:
 class Slot(Swapped):
     """A module with a normalizer: what all kinds of slots share."""
 
-    normalizer: ContextNorm | FeatureBatchNorm | MixtureNorm
+    normalizer: ContextNorm | DomainBatchNorm | FeatureBatchNorm | MixtureNorm
     router: ContextRouter
+    near_sequence_first: bool = False  # attention nearby takes (L, N, C), so x may be so
 
-    def _normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def _context_ids(self, x: Tensor) -> Tensor | None:
         ids = self.router.ids_for(x)
         if self.router.observer is not None:
             self.router.observer(self, x, ids)
-        return self.normalizer.normalize(x, ids, weight=weight, bias=bias)
+        return ids
+
+    def _normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if self.near_sequence_first and self.router.is_sequence_first(x):
+            x = x.transpose(0, 1)
+            return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias).transpose(0, 1)
+        return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias)
 
     def start_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance (less the normalizer's eps) that keep the model's output; None for 0 and 1 - eps."""
@@ -185,7 +238,7 @@ class Slot(Swapped):
 
     def reset_normalizer(self) -> None:
         """Bring the normalizer to where it leaves the model's output as the original module's."""
-        if isinstance(self.normalizer, ContextNorm):
+        if isinstance(self.normalizer, (ContextNorm, DomainBatchNorm)):
             self.normalizer.reset_parameters()
             start = self.start_statistics()
             if start is None:
@@ -227,7 +280,7 @@ class Slot(Swapped):
 
 def _finish(norm: Any, y: Tensor, fused: bool) -> Tensor:
     if fused:
-        for name in ("drop", "act"):  # a norm that was built directly may lack them
+        for name in ("drop", "act", "activation"):  # a norm that was built directly may lack them
             y = norm._modules[name](y) if norm._modules.get(name) is not None else y
     return y
 
@@ -274,8 +327,11 @@ class StoredNormSlot(Slot, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse the running statistics: code that reads them, to fold them, would drop the contexts."""
-        if name in ("running_mean", "running_var"):
+        """Refuse the running statistics: code that reads them, to fold them, would drop the contexts.
+
+        Those on the meta device are none yet: loading code looks at their shape.
+        """
+        if name in ("running_mean", "running_var") and not getattr(self._buffers.get(name), "is_meta", False):
             raise PatchedAttributeError(
                 f"{name} was asked of a batch norm that context normalization has replaced: it has one mean and "
                 "variance a context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
@@ -291,7 +347,7 @@ class StoredNormSlot(Slot, nn.Module):
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None or mean.is_meta:
             return None
-        return mean.double(), adjusted_variance(var, float(self.__dict__["eps"]), self.normalizer.eps)
+        return mean.double(), adjusted_variance(var, self.entry.eps(self), self.normalizer.eps)
 
     def extra_repr(self) -> str:
         """The options shown by ``print(model)``."""
@@ -305,7 +361,7 @@ def adjusted_variance(var: Tensor, own_eps: float, eps: float) -> Tensor:
         PatchError: it would be negative.
     """
     adjusted = var.double() + (own_eps - eps)
-    if bool((adjusted < 0).any()):
+    if not adjusted.is_meta and bool((adjusted < 0).any()):
         raise PatchError(
             f"eps={eps} is larger than the layer's smallest running variance + eps, {float(var.min()) + own_eps:.3g}, "
             "so the sum cannot be kept; pass a smaller eps, or none for the layer's own."
@@ -319,6 +375,36 @@ class InputSlot(Slot):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Normalise the input by context, then do what the module does."""
         return super().forward(self._normalize(x), *args, **kwargs)  # type: ignore[misc]  # the swapped class's own
+
+
+class ConvolutionInputSlot(InputSlot):
+    """An ``nn.Conv2d`` whose input is normalised: both in one function, which is cheaper in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the input by context, then convolve."""
+        norm, conv = self.normalizer, cast(nn.Conv2d, self)
+        one_function = (
+            type(norm) is ContextNorm
+            and not norm.affine
+            and conv.padding_mode == "zeros"
+            and "_conv_forward" not in conv.__dict__  # replaced by tools that pad in their own way
+            and self.router.ids_for(x) is not None
+        )
+        if not one_function:
+            return cast(Tensor, super().forward(x))
+        mean, var = cast(ContextNorm, norm).rows(cast(Tensor, self._context_ids(x)))
+        return normalized_conv2d(
+            x,
+            mean,
+            var,
+            conv.weight,
+            conv.bias,
+            eps=norm.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+        )
 
 
 class OutputSlot(Slot):
@@ -353,7 +439,8 @@ def _slot_class(role: str, base: Any) -> type[nn.Module]:
         "recipe": (slot_class, (role, base)),
     }
     if role != "norm":
-        return type(f"{base.__name__}WithContext{role.capitalize()}", (ROLES[role], base), namespace)
+        form = ConvolutionInputSlot if role == "input" and base is nn.Conv2d else ROLES[role]
+        return type(f"{base.__name__}WithContext{role.capitalize()}", (form, base), namespace)
     namespace["entry"] = entry = NORMS[qualified_name(base)]
     bases = (StoredNormSlot,) if entry.standardize is None else (SampleNormSlot, base)
     return type(f"Context{base.__name__}", bases, namespace)
