@@ -1,4 +1,4 @@
-"""The command line of a training script: one option for every field of ``TrainingConfig``, and ``--config FILE``.
+"""The command line of a training script: one option for every field of its config, and ``--config FILE``.
 
 The options come from the dataclass itself, so that no field can lack one. What is given on the command line overrides
 the file. ``--resume``, ``--overwrite`` and ``--dry-run`` say what to do with the config, and are no part of it.
@@ -30,17 +30,21 @@ FLAGS = {
 }
 
 
-def training_app(run: Callable[..., object], *, help: str) -> typer.Typer:
-    """A command-line program that reads a ``TrainingConfig`` and calls ``run`` with it and all of ``FLAGS``."""
+def training_app(
+    run: Callable[..., object], *, help: str, config_class: type[TrainingConfig] = TrainingConfig
+) -> typer.Typer:
+    """A command-line program that reads a config of this class and calls ``run`` with it and all of ``FLAGS``."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=help)(config_command(run))
+    app.command(help=help)(config_command(run, config_class))
     return app
 
 
-def config_command(run: Callable[..., object]) -> Callable[..., None]:
+def config_command(
+    run: Callable[..., object], config_class: type[TrainingConfig] = TrainingConfig
+) -> Callable[..., None]:
     """``run(config, **flags)`` as a function with one keyword per config field and flag, in the form typer reads."""
-    hints = typing.get_type_hints(TrainingConfig)
-    fields = dataclasses.fields(TrainingConfig)
+    hints = typing.get_type_hints(config_class)
+    fields = dataclasses.fields(config_class)
     mappings = {field.name for field in fields if typing.get_origin(hints[field.name]) is dict}
 
     def command(config: Path | None, **given: Any) -> None:
@@ -51,7 +55,7 @@ def config_command(run: Callable[..., object]) -> Callable[..., None]:
             if value is None or value == []:
                 continue
             options[name] = {**options.get(name, {}), **_read_pairs(name, value)} if name in mappings else value
-        run(TrainingConfig.from_dict(options), **flags)
+        run(config_class.from_dict(options), **flags)
 
     file_option = typer.Option("--config", help="YAML or JSON file of options; the command line overrides it.")
     annotations: dict[str, Any] = {"config": Annotated[Path | None, file_option]}

@@ -21,6 +21,8 @@ import yaml
 from cn_hf.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from cn_hf.patching.config import ContextNormConfig
 
 __all__ = ["CALIBRATE", "MIXED_PRECISIONS", "OPTIMIZERS", "PLACEMENTS", "SCHEDULES", "TrainingConfig", "option"]
@@ -238,7 +240,7 @@ class TrainingConfig:
 
         An option that ``other`` does not hold, as one from an older version, counts as its default.
         """
-        own, default = self.to_dict(), TrainingConfig(model=self.model).to_dict()
+        own, default = self.to_dict(), type(self)(model=self.model).to_dict()
         pairs = {name: (other.get(name, default[name]), value) for name, value in own.items()}
         changed = {name: pair for name, pair in pairs.items() if name not in FREE_ON_RESUME and pair[0] != pair[1]}
         # A folder may have moved; whether its data is the same is for the data's fingerprint to say.
@@ -248,7 +250,7 @@ class TrainingConfig:
             del changed["dataset"]
         return changed
 
-    def replace(self, **changes: Any) -> TrainingConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some options changed, validated again."""
         return self.from_dict({**self.to_dict(), **changes})
 
@@ -258,17 +260,19 @@ class TrainingConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> TrainingConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """The config with these options; the others keep their defaults.
 
         Raises:
             ConfigError: An unknown option (the nearest valid one is named), or an invalid value.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        fields = dataclasses.fields(cls)
+        known = [field.name for field in fields]
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}; {nearest(str(name), known)}")
-        if "model" not in options:
+        needs_model = any(field.name == "model" and field.default is dataclasses.MISSING for field in fields)
+        if needs_model and "model" not in options:
             raise ConfigError("option 'model' is missing; give a timm name or a transformers id or folder")
         return cls(**options)
 
@@ -277,7 +281,7 @@ class TrainingConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> TrainingConfig:
+    def from_json(cls, text: str) -> Self:
         """The inverse of ``to_json``."""
         try:
             options = json.loads(text)
@@ -290,7 +294,7 @@ class TrainingConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, text: str) -> TrainingConfig:
+    def from_yaml(cls, text: str) -> Self:
         """The inverse of ``to_yaml``."""
         return cls.from_dict(read_yaml_options(text))
 

@@ -17,7 +17,7 @@ class EpochRecord:
     """One epoch, over all processes: means per image, rates in [0, 1], seconds of training without validation.
 
     ``epoch`` and ``step`` count from 1 and name the end of the epoch. ``train_loss`` and ``train_accuracy`` are of the
-    augmented images as the changing network met them.
+    augmented images as the changing network met them. ``further`` holds what else the objective measures on them.
     """
 
     epoch: int
@@ -29,6 +29,13 @@ class EpochRecord:
     validation_accuracy: float | None = None
     seconds: float
     images_per_second: float
+    further: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        """All that was measured, by name."""
+        values = dataclasses.asdict(self)
+        further = values.pop("further")
+        return {name: value for name, value in {**values, **further}.items() if value is not None}
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -52,8 +59,8 @@ class History:
         return True
 
     def curve(self, name: str) -> list[float]:
-        """The values of one field of ``EpochRecord``, epoch by epoch; those never measured are left out."""
-        return [value for record in self.epochs if (value := getattr(record, name)) is not None]
+        """One number, by its name in ``EpochRecord`` or ``further``, epoch by epoch; none where it was not measured."""
+        return [numbers[name] for record in self.epochs if name in (numbers := record.numbers())]
 
     @property
     def seconds(self) -> float:

@@ -37,7 +37,7 @@ class Place:
         step: Optimizer steps done.
         finished: Whether nothing is left to do.
         seconds: Training time of the epoch under way.
-        totals: Its sums of losses, right answers and images.
+        totals: Its sums of losses, right answers and images, then those of the objective's further metrics.
     """
 
     epoch: int = 0
@@ -45,7 +45,7 @@ class Place:
     step: int = 0
     finished: bool = False
     seconds: float = 0.0
-    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+    totals: list[float] = dataclasses.field(default_factory=list)
 
 
 class RunState:

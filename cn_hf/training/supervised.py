@@ -1,7 +1,8 @@
-"""The supervised loop: cross entropy under Accelerate, one process or several, any network, with or without contexts.
+"""The training loop under Accelerate: one process or several, any network and objective, with or without contexts.
 
 Batches arrive as dicts, already on the device and already sharded by rank: ``pixel_values`` (N, C, H, W), ``labels``
-(N,) or weights (N, classes), and, when the data has contexts, ``context_ids``, which go to the network by keyword. One
+(N,) or weights (N, classes), and, when the data has contexts, ``context_ids``, which go to the network by keyword. What
+is minimised is the objective's matter (``objective.py``); left out, it is the cross entropy of a classifier. One
 optimizer step is the gradient of the mean loss over the images of all processes, also when the last batch is uneven or
 goes through the network in parts: DDP averages the gradients of P processes, so each one weighs the sum of its losses
 by P / (images of this step in all processes).
@@ -16,7 +17,6 @@ N images of a batch on this process, C channels, H and W height and width, P pro
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from cn_hf.training.checkpoints import newest_step, save_checkpoint, write_toget
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
 from cn_hf.training.memory import largest_fitting_batch, out_of_memory, out_of_memory_message
+from cn_hf.training.objective import CrossEntropy, Moment, Objective, StepLoss
 from cn_hf.training.optimization import learning_rate_at, set_learning_rate
 from cn_hf.training.preparation import prepared, reset_loss_scale
 from cn_hf.training.processes import check_equal_lengths, gathered, share_buffers, summed
@@ -47,7 +47,7 @@ from cn_hf.training.sharding import obey_fsdp_settings, trained_as_a_whole
 from cn_hf.training.signals import StopRequest
 from cn_hf.training.training_batches import TrainingBatches
 from cn_hf.training.unused import leaves_parameters_unused, may_leave_unused
-from cn_hf.training.validation import Batch, batch_totals, forward_logits, mean_loss_and_accuracy, on_device
+from cn_hf.training.validation import Batch, on_device, totals
 
 __all__ = ["TrainingBatches", "fit", "make_accelerator"]
 
@@ -76,6 +76,7 @@ def fit(
     *,
     config: TrainingConfig,
     accelerator: Accelerator,
+    objective: Objective | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     description: str = "train",
@@ -90,12 +91,13 @@ def fit(
     (also on a CPU), parameters are sharded meanwhile, and after an error the network is as it was before.
 
     Args:
-        model: Any image classifier that takes (N, C, H, W) and returns logits or an output with ``.logits``.
+        model: Any network that takes (N, C, H, W) and returns a tensor or an output with ``.logits``.
         train_batches: This process's share of the training data.
         validation_batches: This process's share of the validation data; each image in one process only. None: no
             validation, early stopping or ``keep_best``.
         config: Optimizer, schedule, epochs and the rest; its network, data and context fields are only compared.
         accelerator: See ``make_accelerator``.
+        objective: What is minimised; None: the cross entropy of a classifier.
         output_dir: Folder that gets ``history.json`` after every epoch, and ``checkpoints/``.
         resume: Go on from the newest whole checkpoint in ``output_dir``, where there is one.
         description: What stands before the progress bar and the numbers given to trackers.
@@ -130,7 +132,10 @@ def fit(
         synchronize_batch_norms(network),
         prepared(network, config, accelerator) as (prepared_model, optimizer),
     ):
-        loop = _Loop(prepared_model, optimizer, train_batches, config, accelerator, folder, description, log_offset)
+        objective = CrossEntropy(config.label_smoothing) if objective is None else objective
+        loop = _Loop(
+            prepared_model, optimizer, train_batches, config, accelerator, objective, folder, description, log_offset
+        )
         if resume and folder is not None:
             loop.state.resume(folder / CHECKPOINTS, description)
         with StopRequest() as stop:
@@ -147,15 +152,17 @@ class _Loop:
         batches: TrainingBatches,
         config: TrainingConfig,
         accelerator: Accelerator,
+        objective: Objective,
         folder: Path | None,
         description: str,
         log_offset: int,
     ) -> None:
         self.model, self.optimizer, self.batches, self.log_offset = model, optimizer, batches, log_offset
         self.config, self.accelerator, self.folder, self.description = config, accelerator, folder, description
-        self.network = bare_network(model)
+        self.objective, self.network = objective, bare_network(model)
         fingerprint = None if folder is None else batches.fingerprint()
         self.state = RunState(self.network, optimizer, config, accelerator, fingerprint)
+        self.state.place.totals = self._no_totals()
         # Reading the loss stalls a GPU; on a CPU it is free, and a bad step is caught before it changes the weights.
         self.check_every = 1 if accelerator.device.type == "cpu" else 20
         self.pending: list[tuple[Tensor, Tensor | None]] = []
@@ -206,12 +213,12 @@ class _Loop:
     def _close_epoch(self, validation_batches: Iterable[Batch] | None, bar: ProgressBar) -> None:
         """Validate, record the epoch, keep the weights if they are the best, and move on to the next epoch."""
         config, place = self.config, self.state.place
-        loss_sum, correct, count = place.totals
+        loss_sum, correct, count, *further = place.totals
         share_buffers(self.network, self.accelerator)
         validation: tuple[float, float] | None = None
         with contextlib.nullcontext() if self.state.average is None else self.state.average.applied():
             if validation_batches is not None:
-                validation = mean_loss_and_accuracy(self.model, validation_batches, self.accelerator)
+                validation = self.objective.validate(self.model, validation_batches, self.accelerator)
                 bar.show(validation=f"{100 * validation[1]:.1f}%")
             record = EpochRecord(
                 epoch=place.epoch + 1,
@@ -223,11 +230,12 @@ class _Loop:
                 validation_accuracy=None if validation is None else validation[1],
                 seconds=place.seconds,
                 images_per_second=count / place.seconds,
+                further={name: value / count for name, value in zip(self.objective.metrics, further, strict=True)},
             )
             if self.state.history.append(record) and config.keep_best:
                 self.state.keep_as_best()
-        self._log({name: value for name, value in dataclasses.asdict(record).items() if value is not None})
-        place.epoch, place.batch, place.seconds, place.totals = place.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
+        self._log(record.numbers())
+        place.epoch, place.batch, place.seconds, place.totals = place.epoch + 1, 0, 0.0, self._no_totals()
         self.state.history.stopped_early = self._out_of_patience()
         place.finished = self.state.history.stopped_early or place.epoch >= config.epochs
         if self.folder is not None:
@@ -250,15 +258,15 @@ class _Loop:
         count = torch.full((), float(len(batch["labels"])), device=accelerator.device)
         images = summed(count, accelerator)
         scale = accelerator.num_processes / images
-        totals = torch.zeros(3, device=accelerator.device)
+        sums = torch.zeros(len(place.totals), device=accelerator.device)
         parts = self._micro_batches(batch, images)
         for number, part in enumerate(parts, start=1):
             # Gradients are averaged over processes once, with the last part.
             with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.model):
-                loss, logits = self._loss(self.model, part)
-                totals += batch_totals(loss, logits, part["labels"])
-                accelerator.backward(loss * scale)
-        self.pending.append((totals, batch.get("index")))
+                step = self._loss(self.model, part, images)
+                sums += totals(step.loss, step.correct, len(part["labels"]), step.further)
+                accelerator.backward(step.loss * scale)
+        self.pending.append((sums, batch.get("index")))
         place.step, place.batch = place.step + 1, place.batch + 1
         if len(self.pending) >= self.check_every:
             self._collect(bar)
@@ -269,14 +277,18 @@ class _Loop:
         if self.state.average is not None:
             self.state.average.update()
 
-    def _loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the losses, and the logits."""
+    def _loss(self, model: nn.Module, batch: Batch, images: Tensor) -> StepLoss:
+        """The objective's, for a batch or a part of one; ``images`` are those of the step in all processes."""
         if self.config.channels_last:
-            images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-            batch = {**batch, "pixel_values": images}
-        logits = forward_logits(model, batch)
-        labels = batch["labels"]
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing), logits
+            batch = {
+                name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+                for name, value in batch.items()
+            }
+        moment = Moment(self.state.place.step, len(self.batches) * self.config.epochs, images)
+        return self.objective(model, batch, moment)
+
+    def _no_totals(self) -> list[float]:
+        return [0.0] * (3 + len(self.objective.metrics))
 
     def _micro_batches(self, batch: Batch, images: Tensor) -> list[Batch]:
         """The parts of a batch that go through the network one after the other.
@@ -297,16 +309,15 @@ class _Loop:
         if not self.pending:
             return
         place = self.state.place
-        steps = summed(torch.stack([totals for totals, _ in self.pending]), self.accelerator).tolist()
+        steps = summed(torch.stack([sums for sums, _ in self.pending]), self.accelerator).tolist()
         rows = [index for _, index in self.pending]
         self.pending.clear()
-        for number, (loss_sum, correct, count) in enumerate(steps):
-            if not math.isfinite(loss_sum):
-                self._give_up(place.step - len(steps) + 1 + number, loss_sum / count, rows[number])
-            for kind, value in enumerate((loss_sum, correct, count)):
-                place.totals[kind] += value
-        images = sum(count for _, _, count in steps)
-        loss = sum(loss for loss, _, _ in steps) / images
+        for number, sums in enumerate(steps):
+            if not math.isfinite(sums[0]):
+                self._give_up(place.step - len(steps) + 1 + number, sums[0] / sums[2], rows[number])
+            place.totals = [total + value for total, value in zip(place.totals, sums, strict=True)]
+        images = sum(sums[2] for sums in steps)
+        loss = sum(sums[0] for sums in steps) / images
         bar.show(loss=f"{loss:.3f}")
         bar.advance(int(images), steps=len(steps))
         self._log({"step_loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
@@ -340,7 +351,8 @@ class _Loop:
                 part = {name: value[:count] for name, value in batch.items()}
                 try:
                     with self.accelerator.autocast():
-                        loss = self._loss(self.network, part)[0]
+                        images_of_part = torch.tensor(float(count), device=self.accelerator.device)
+                        loss = self._loss(self.network, part, images_of_part).loss
                     self.accelerator.backward(loss)
                 finally:
                     self.network.zero_grad()

@@ -17,7 +17,7 @@ from cn_hf.evaluation.networks import bare_network, evaluating
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.processes import summed
 
-__all__ = ["Batch", "batch_totals", "forward_logits", "mean_loss_and_accuracy", "on_device"]
+__all__ = ["Batch", "forward_logits", "mean_loss_and_accuracy", "on_device", "right_answers", "totals"]
 
 Batch = Mapping[str, Tensor]
 
@@ -60,30 +60,32 @@ def mean_loss_and_accuracy(model: nn.Module, batches: Iterable[Batch], accelerat
         TrainingError: There is no image.
     """
     plain = bare_network(model)
-    totals = [torch.zeros(3, device=accelerator.device)]
+    sums = [torch.zeros(3, device=accelerator.device)]
     with evaluating(plain), torch.no_grad(), accelerator.autocast():
         for batch in batches:
             batch = on_device(batch, accelerator.device)
             logits = forward_logits(plain, batch)
             loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
-            totals.append(batch_totals(loss, logits, batch["labels"]))
+            sums.append(totals(loss, right_answers(logits, batch["labels"]), len(batch["labels"])))
     # float64, since a float32 count stops at 16.7 million images.
-    local = torch.stack(totals).cpu().double().sum(0)
+    local = torch.stack(sums).cpu().double().sum(0)
     loss_sum, correct, count = summed(local, accelerator).tolist()
     if count == 0:
         raise TrainingError("the validation data holds no images; check validation_split and validation_fraction")
     return loss_sum / count, correct / count
 
 
-def batch_totals(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of right answers, number of images: (3,) float32.
-
-    Of labels that are weights (N, classes), the largest counts as the right answer.
-    """
-    loss_sum = loss_sum.detach().float()
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many logits are highest at the label; of labels that are weights (N, classes), at the largest."""
     classes = labels.argmax(dim=1) if labels.ndim == 2 else labels
-    correct = (logits.detach().argmax(dim=1) == classes).sum()
-    return torch.stack([loss_sum, correct.float(), torch.full_like(loss_sum, len(labels))])
+    return (logits.detach().argmax(dim=1) == classes).sum()
+
+
+def totals(loss_sum: Tensor, correct: Tensor, count: int, further: Tensor | None = None) -> Tensor:
+    """Sum of losses, number of right answers, number of images, then further sums (k,): (3 + k,) float32."""
+    loss_sum = loss_sum.detach().float()
+    first = torch.stack([loss_sum, correct.detach().float(), torch.full_like(loss_sum, count)])
+    return first if further is None else torch.cat([first, further.detach().float()])
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
