@@ -8,22 +8,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cn_hf.registration import register_when_imported
+
 __version__ = "0.1.0"
 
 _HOMES = {
     "cn_hf.norm": ("ContextNorm", "MixtureNorm"),
     "cn_hf.patching": (
         "ContextNormConfig",
+        "add_contexts",
         "calibrate",
         "context_parameters",
         "fold_context",
         "patch_model",
         "patch_report",
+        "remove_contexts",
         "set_inference",
+        "train_only_contexts",
         "unpatch_model",
         "use_contexts",
     ),
-    "cn_hf.hub": ("from_pretrained", "save_pretrained"),
+    "cn_hf.patching.restyle": ("restyle",),
+    "cn_hf.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "cn_hf.errors": ("CnHfError", "ConfigError", "ContextIdError", "PatchError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -38,14 +44,19 @@ __all__ = [
     "MixtureNorm",
     "PatchError",
     "__version__",
+    "add_contexts",
     "calibrate",
     "context_parameters",
     "fold_context",
     "from_pretrained",
     "patch_model",
     "patch_report",
+    "push_to_hub",
+    "remove_contexts",
+    "restyle",
     "save_pretrained",
     "set_inference",
+    "train_only_contexts",
     "unpatch_model",
     "use_contexts",
 ]
@@ -53,19 +64,23 @@ __all__ = [
 
 if TYPE_CHECKING:
     from cn_hf.errors import CnHfError, ConfigError, ContextIdError, PatchError
-    from cn_hf.hub import from_pretrained, save_pretrained
+    from cn_hf.hub import from_pretrained, push_to_hub, save_pretrained
     from cn_hf.norm import ContextNorm, MixtureNorm
     from cn_hf.patching import (
         ContextNormConfig,
+        add_contexts,
         calibrate,
         context_parameters,
         fold_context,
         patch_model,
         patch_report,
+        remove_contexts,
         set_inference,
+        train_only_contexts,
         unpatch_model,
         use_contexts,
     )
+    from cn_hf.patching.restyle import restyle
 
 
 def __getattr__(name: str) -> Any:
@@ -78,3 +93,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_SUBPACKAGES])
+
+
+register_when_imported()

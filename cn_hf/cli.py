@@ -15,7 +15,9 @@ import typer
 
 import cn_hf
 from cn_hf.errors import CnHfError
-from cn_hf.experiments.command import reproduce
+from cn_hf.experiments.command import cards, reproduce
+from cn_hf.hub.command import inspect, predict, push
+from cn_hf.hub.restyle_command import restyle
 
 __all__ = ["app", "main", "run_app"]
 
@@ -87,7 +89,8 @@ def demo(
     run_demo(output_dir, seed=seed, progress=progress)
 
 
-app.command()(reproduce)
+for command in (reproduce, cards, push, inspect, predict, restyle):
+    app.command()(command)
 
 
 @app.command()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cn_hf.errors import CheckpointError
 
-__all__ = ["read_description", "write_whole"]
+__all__ = ["read_description", "sha256_of", "write_whole", "written_whole"]
+
+_CHUNK = 1 << 20  # bytes hashed at a time
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write ``content`` under a temporary name beside ``path``, then rename it; missing folders are made.
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to, renamed at the end of the block; missing folders are made.
 
     A reader, or a run killed half-way, meets the old file or the new one, never a part.
 
@@ -25,14 +31,36 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write ``content`` to ``path`` as ``written_whole`` does.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full; a file that was there before is untouched.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+    return Path(path)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_description(path: Path, *, newest: int, what: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def test_round_trip_is_bit_equal(kind, parametrization, tmp_path):
     assert loaded.context_config == model.context_config
     assert not loaded.training
     files = {file.name for file in (tmp_path / "checkpoint").iterdir()}
-    assert files == {"context_norm.json", "model.safetensors"}
+    own_library = set() if kind == "other" else {"config.json"}
+    assert files == {"context_norm.json", "model.safetensors"} | own_library
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -240,3 +241,22 @@ def test_tied_weights_are_stored_once(tmp_path):
     loaded = cn_hf.from_pretrained(tmp_path, model=Tied())
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(tokens, context_ids=1), model(tokens, context_ids=1))
+
+
+@pytest.mark.parametrize("kind", ["timm-vit", "transformers"])
+def test_a_models_dtype_is_kept_or_chosen(kind, tmp_path):
+    model = trained(kind).to(torch.bfloat16)
+    cn_hf.save_pretrained(model, tmp_path)
+    added = {id(parameter) for parameter in cn_hf.context_parameters(model)}
+    assert added
+    for asked, expected in ((None, torch.bfloat16), ("auto", torch.bfloat16), ("float32", torch.float32)):
+        loaded = cn_hf.from_pretrained(tmp_path, dtype=asked)
+        kept = {id(parameter) for parameter in cn_hf.context_parameters(loaded)}
+        assert {p.dtype for p in loaded.parameters() if id(p) not in kept} == {expected}
+    loaded = cn_hf.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {p.dtype for p in cn_hf.context_parameters(loaded)} == {torch.float32}
+    for wrong in ("float17", torch.int8):
+        with pytest.raises(ConfigError, match="dtype"):
+            cn_hf.from_pretrained(tmp_path, dtype=wrong)
+    with pytest.raises(ConfigError, match="not both"):
+        cn_hf.from_pretrained(tmp_path, device="cpu", device_map="auto")

@@ -17,11 +17,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
 # errors <- norm <- {patching, contexts}; contexts <- data; models stands alone; the rest as listed. What
-# points down a chain may point to its end. `files` is a leaf beside `errors`.
-LEAVES = {"errors", "files"}
+# points down a chain may point to its end. `files` is a leaf beside `errors`; `registration` imports by name what a
+# library that is being imported needs.
+LEAVES = {"errors", "files", "registration"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "registration": set(),
     "norm": {"errors"},
     "patching": {"norm"},
     "contexts": {"norm"},
@@ -36,7 +38,7 @@ MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "norm": {"torch"},
-    "patching": {"torch", "tqdm", "timm"},  # timm: only where folding needs a plain layer of it
+    "patching": {"torch", "tqdm", "timm", "PIL"},  # timm: a plain layer for folding; PIL: pictures to restyle
     "models": {"torch", "timm"},
 }
 

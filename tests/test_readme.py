@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
@@ -62,8 +63,8 @@ def test_python_blocks(local_data, tmp_path, monkeypatch):
     assert (tmp_path / "norms-only" / "context_norm.safetensors").stat().st_size < 2_000_000
 
 
-def test_training_block(local_data, tmp_path):
-    demo, tests, training, _ = blocks("bash")
+def test_training_and_hub_blocks(local_data, tmp_path):
+    demo, tests, training, _, hub = blocks("bash")
     assert "cn-hf demo" in demo
     assert "pytest" in tests
     command = with_local_data(training.replace("scripts/", f"{ROOT}/scripts/"), local_data)
@@ -76,6 +77,19 @@ def test_training_block(local_data, tmp_path):
     written = {file.name for file in (tmp_path / "runs" / "cifar10-cn").iterdir()}
     assert "results.json" in written
     assert "masked baseline" in run.stdout.lower()
+
+    PIL.Image.fromarray(np.zeros((50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cn-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cn_hf.cli "$@"\n')
+    (tmp_path / "bin" / "cn-hf").chmod(0o755)
+    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{path}"
+    for words, line in zip(("README.md", "contexts: 3", "photo.jpg"), hub.splitlines(), strict=True):
+        run = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert words in run.stdout
 
 
 def test_reproduce_block(tmp_path):

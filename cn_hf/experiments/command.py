@@ -1,4 +1,4 @@
-"""``cn-hf reproduce``: its options. What it does is imported only once they are known."""
+"""``cn-hf reproduce`` and ``cards``: their options. What they do is imported only once these are known."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["reproduce"]
+__all__ = ["cards", "reproduce"]
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table5, table6, table7, table8, fig3 or fig4.")],
+    experiment: Annotated[str, typer.Argument(help="table5 to table10, fig3 or fig4.")],
     data_root: Annotated[
         Path | None,
-        typer.Option(help="Folder with a folder for each dataset (cifar10, cifar100, mnist); else the Hub's."),
+        typer.Option(help="Folder with a folder for each dataset (cifar10, cifar100, mnist, svhn); else the Hub's."),
     ] = None,
     budget: Annotated[
         str,
@@ -53,3 +53,15 @@ def reproduce(
         list_cells=list_cells,
         progress=progress,
     )
+
+
+def cards(
+    results: Annotated[list[Path], typer.Argument(help="results.json of one or more reports of `cn-hf reproduce`.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the cards.")] = Path("model_cards"),
+) -> None:
+    """Write a model card for each checkpoint that an experiment produced; every figure comes from its results file."""
+    from cn_hf.experiments.cards import write_cards
+
+    for file in results:
+        for path in write_cards(file, output_dir):
+            print(path)

@@ -1,5 +1,17 @@
-"""Checkpoints: save a patched model to a folder, load it from a folder or the Hub."""
+"""Checkpoints: save a patched model to a folder, publish it, load it from a folder or the Hub."""
 
-from cn_hf.hub.checkpoint import from_pretrained, save_pretrained
+from __future__ import annotations
 
-__all__ = ["from_pretrained", "save_pretrained"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cn_hf.hub.checkpoint import from_pretrained, push_to_hub, save_pretrained
+
+__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("cn_hf.hub.checkpoint"), name)
+    raise AttributeError(f"module 'cn_hf.hub' has no attribute {name!r}")

@@ -6,6 +6,8 @@ description is tried out when it is made: a model that would not come back is an
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +16,23 @@ from torch import nn
 
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.patching.convert import Slot
+from cn_hf.patching.patch import patch_model
 
-__all__ = ["build_base", "describe_base"]
+__all__ = ["TIMM_ARCHITECTURE", "build_base", "check_model_args", "describe_base"]
+
+TIMM_ARCHITECTURE = "context_norm"  # under which timm loads all patched checkpoints; no base model is called so
+_NOT_OF_THE_MODEL = {
+    "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+}
 
 
 def describe_base(model: Any, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """JSON values from which ``build_base`` makes the same architecture, without weights.
+    """JSON values from which ``build_base`` makes the same architecture, without weights and drop rates.
 
     Args:
         model: a patched model.
@@ -29,7 +42,7 @@ def describe_base(model: Any, model_args: Mapping[str, Any] | None = None) -> di
         ``library`` (``"timm"``, ``"transformers"`` or ``"other"``) and what that library needs.
 
     Raises:
-        ConfigError: the description does not give the model back.
+        ConfigError: the description does not give the model back, or is no JSON.
     """
     root = model.original_class
     if isinstance(getattr(model, "pretrained_cfg", None), dict) and "architecture" in model.pretrained_cfg:
@@ -46,6 +59,13 @@ def describe_base(model: Any, model_args: Mapping[str, Any] | None = None) -> di
         }
     else:
         return {"library": "other", "architecture": f"{root.__module__}.{root.__qualname__}"}
+    try:
+        description = dict(json.loads(json.dumps(description)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{_words(description)} cannot be written as JSON ({error}). Pass model_args={{...}} with names or numbers "
+            "in place of objects."
+        ) from error
     _try_out(model, description)
     return description
 
@@ -54,16 +74,39 @@ def _timm_arguments(model: Any) -> dict[str, Any]:
     import timm.models
 
     recorded = getattr(timm.models, "get_model_args", None)  # timm >= 1.0.31 records what create_model was given
-    arguments = dict(recorded(model)) if recorded is not None else {}
-    arguments.setdefault("num_classes", model.num_classes)
-    channels = getattr(model, "in_chans", None)
-    if isinstance(channels, int):
-        arguments.setdefault("in_chans", channels)
+    arguments = _observed_arguments(model) if recorded is None else dict(recorded(model))
+    if isinstance(getattr(model, "num_classes", None), int):
+        arguments.setdefault("num_classes", model.num_classes)
     return arguments
 
 
-def build_base(description: Mapping[str, Any]) -> nn.Module:
+def _observed_arguments(model: Any) -> dict[str, Any]:
+    """Of the arguments that users give most often, those that the model shows."""
+    known: dict[str, Any] = model.pretrained_cfg
+    arguments: dict[str, Any] = {}
+    modules = dict(model.named_modules())
+    first = modules.get(known["first_conv"]) if isinstance(known.get("first_conv"), str) else None
+    channels = getattr(model, "in_chans", getattr(first, "in_channels", None))
+    if isinstance(channels, int) and channels % (4 * known["input_size"][0]):  # else of a stem after space-to-depth
+        arguments["in_chans"] = channels
+    size = getattr(modules.get("patch_embed"), "img_size", None)
+    if size is not None and tuple(size) != tuple(known["input_size"][1:]):
+        arguments["img_size"] = tuple(size)
+    for owner in (model, modules.get("head")):
+        pool = getattr(owner, "global_pool", None)
+        pool = getattr(pool, "pool_type", pool)
+        if isinstance(pool, str) and pool:
+            arguments["global_pool"] = pool
+            break
+    return arguments
+
+
+def build_base(description: Mapping[str, Any], **timm_options: Any) -> nn.Module:
     """The unpatched model that ``describe_base`` described, with fresh weights.
+
+    Args:
+        description: from ``describe_base``, perhaps by way of a file that somebody else wrote.
+        **timm_options: further arguments of ``timm.create_model``, before those of the description.
 
     Raises:
         CheckpointError: its library does not know the architecture, or it belongs to no library.
@@ -74,9 +117,12 @@ def build_base(description: Mapping[str, Any]) -> nn.Module:
 
         import cn_hf.models  # noqa: F401  # registers the paper's networks
 
-        if not timm.is_model(architecture):
+        own_name = str(architecture).partition(".")[0] == TIMM_ARCHITECTURE
+        if not isinstance(architecture, str) or own_name or not timm.is_model(architecture):
             raise CheckpointError(f"timm does not know the architecture {architecture!r}: update timm, or pass model=.")
-        model: nn.Module = timm.create_model(architecture, pretrained=False, **description.get("model_args", {}))
+        arguments = dict(description.get("model_args", {}))
+        check_model_args(arguments)
+        model: nn.Module = timm.create_model(architecture, **{"pretrained": False, **arguments, **timm_options})
         return model
     if library == "transformers":
         import transformers
@@ -84,30 +130,50 @@ def build_base(description: Mapping[str, Any]) -> nn.Module:
         model_class = getattr(transformers, str(architecture), None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise CheckpointError(f"transformers has no model class {architecture!r}: update it, or pass model=.")
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
         values = dict(description["config"])
-        built: nn.Module = model_class(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+        built: nn.Module = model_class(CONFIG_MAPPING[values.pop("model_type")].from_dict(values))
         return built
     raise CheckpointError(
         f"The checkpoint is of {architecture}, which neither timm nor transformers builds: pass model=, an instance."
     )
 
 
-def _try_out(model: nn.Module, description: dict[str, Any]) -> None:
+def check_model_args(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that a checkpoint gives the model, but that would have timm read files of the writer's choice.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    foreign = sorted(_NOT_OF_THE_MODEL & arguments.keys())
+    if foreign:
+        raise CheckpointError(f"model_args of the checkpoint hold {foreign[0]!r}, which is no argument of a model.")
+
+
+def _try_out(model: Any, description: dict[str, Any]) -> None:
     try:
         try:
             with torch.device("meta"):
-                rebuilt = build_base(description)
+                rebuilt = _rebuilt(model, description)
         except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
-            rebuilt = build_base(description)
-    except (CheckpointError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"This model cannot be built again from {_words(description)}: {error}") from error
+            rebuilt = _rebuilt(model, description)
+    except (CheckpointError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"This model cannot be built again from {_words(description)}: {error!r}") from error
     own, new = _anatomy(model), _anatomy(rebuilt)
     for name in {**own, **new}:
         if own.get(name) != new.get(name):
             raise ConfigError(
                 f"{_words(description)} builds another model: {name or 'the root'} is {new.get(name, 'absent')} there "
-                f"and {own.get(name, 'absent')} here. Pass model_args={{...}}, the arguments it was created with."
+                f"and {own.get(name, 'absent')} here. Pass model_args={{...}}, the arguments it was created with; or, "
+                "where the model was changed after it was patched, change it first and patch it then."
             )
+
+
+def _rebuilt(model: Any, description: dict[str, Any]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of batch norms that never saw data
+        return patch_model(build_base(description), config=model.router.config)
 
 
 def _words(description: Mapping[str, Any]) -> str:
@@ -117,7 +183,7 @@ def _words(description: Mapping[str, Any]) -> str:
 
 
 def _anatomy(model: nn.Module) -> dict[str, str]:
-    """Each module's class, options and own tensors' shapes, with patches looked through."""
+    """Each module's class and options before it was patched, its own tensors' shapes, and whether it has contexts."""
     anatomy: dict[str, str] = {}
     normalizers: list[str] = []
     for name, module in model.named_modules():
@@ -126,7 +192,10 @@ def _anatomy(model: nn.Module) -> dict[str, str]:
         if any(name == normalizer or name.startswith(f"{normalizer}.") for normalizer in normalizers):
             continue
         known: Any = getattr(module, "original_class", type(module))
+        if known.__name__ == "Identity" or "Drop" in known.__name__:  # drop rates are no part of the description
+            continue
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         shapes = [f"{key}{tuple(tensor.shape)}" for key, tensor in tensors]
-        anatomy[name] = f"{known.__name__}({known.extra_repr(module)}) {' '.join(shapes)}".strip()
+        contexts = ["with contexts"] if isinstance(module, Slot) else []
+        anatomy[name] = " ".join([f"{known.__name__}({known.extra_repr(module)})", *shapes, *contexts])
     return anatomy

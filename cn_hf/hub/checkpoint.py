@@ -1,41 +1,69 @@
-"""Saving a patched model to a folder, and loading it from a folder or the Hub.
+"""Saving a patched model to a folder, loading it from a folder or the Hub, and publishing it.
 
 A checkpoint is safetensors and JSON only: ``context_norm.json`` (what the model is), ``model.safetensors`` (all
-weights) or ``context_norm.safetensors`` (the parameters CN added, nothing else), and ``context_source/`` where a source
-that names contexts travels along. Nothing in it is executed.
+weights) or ``context_norm.safetensors`` (the parameters CN added, nothing else), ``context_source/`` where a source
+that names contexts travels along, and the ``config.json`` by which timm and transformers load it themselves. Nothing in
+it is executed, and no name in it leads out of its folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cn_hf.contexts import ContextSource
-from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
-from cn_hf.files import read_description, write_whole
+from cn_hf.errors import CheckpointError, ConfigError, nearest
+from cn_hf.files import write_whole
 from cn_hf.hub.base_model import build_base, describe_base
-from cn_hf.patching import ContextNormConfig, patch_model, unpatch_model
+from cn_hf.hub.base_weights import base_fingerprint, base_origin, load_base
+from cn_hf.hub.card import checkpoint_card
+from cn_hf.hub.description import (
+    CONFIG_FILE,
+    SOURCE_FOLDER,
+    Description,
+    attach_source,
+    context_source_of,
+    described,
+    read_description,
+)
+from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
+from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
+from cn_hf.hub.weights import (
+    NORMS_FILE,
+    check_weights,
+    checksums,
+    read_weights,
+    remove_others,
+    weights_in,
+    write_weights,
+)
+from cn_hf.patching import ContextNormConfig, context_parameters, patch_model, unpatch_model
 from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.patch import named_slots
-from cn_hf.patching.routing import ContextSourceLike, RoutedModel, router_of
+from cn_hf.patching.routing import RoutedModel, router_of
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["describe_saved", "from_pretrained", "push_to_hub", "save_pretrained"]
 
-FORMAT = 1  # raised when a release can no longer be read by the ones before
-CONFIG_FILE = "context_norm.json"
-WEIGHTS_FILE = "model.safetensors"
-NORMS_FILE = "context_norm.safetensors"
-SOURCE_FOLDER = "context_source"
+OWN_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    NORMS_FILE,
+    CONFIG_FILE,
+    f"{SOURCE_FOLDER}/*",
+)
+"""Patterns of the files that make a checkpoint: a new one replaces them all."""
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_pretrained(
@@ -45,6 +73,8 @@ def save_pretrained(
     *,
     context_source: ContextSource | None = None,
     model_args: Mapping[str, Any] | None = None,
+    base_id: str | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write a patched model to a folder. Every file appears whole, the description last; other files stay.
 
@@ -55,6 +85,10 @@ def save_pretrained(
         context_source: the fitted source that names the contexts of new images; by default the one attached by
             ``set_inference``.
         model_args: constructor arguments of a timm model that older timm versions do not record, e.g. ``img_size``.
+        base_id: repository of the base model's weights, ``"user/name"`` or ``"user/name@revision"``; by default what
+            the model says it was loaded from.
+        max_shard_size: bytes, or words such as ``"5GB"``, above which weights go into several files. timm's own loader
+            reads one file only.
 
     Returns:
         The folder.
@@ -64,32 +98,25 @@ def save_pretrained(
         ConfigError: the base model could not be built again from its description.
         PatchError: the model is not patched.
     """
-    router = router_of(model)
-    source = router.source if context_source is None else context_source
-    if source is not None and not isinstance(source, ContextSource):
-        raise InputTypeError(f"context_source must be a ContextSource, received {type(source).__name__}.")
-    if source is not None and source.num_contexts != router.config.num_contexts:
-        raise ConfigError(
-            f"The source names {source.num_contexts} contexts, the model has {router.config.num_contexts}."
-        )
-    description = {
-        "format": FORMAT,
-        "config": router.config.to_dict(),
-        "base": describe_base(model, model_args),
-        "norms_only": norms_only,
-        "context_source": source is not None,
-        "pixel_mean": list(router.pixel_mean),
-        "pixel_std": list(router.pixel_std),
-    }
+    source = context_source_of(model, context_source)
+    base = describe_base(model, model_args)
     path = Path(folder)
     try:
-        tensors = _context_tensors(model) if norms_only else _without_aliases(model.state_dict())
-        data = safetensors.torch.save(tensors, {"format": "pt"})
-        description["weights_sha256"] = hashlib.sha256(data).hexdigest()
-        write_whole(path / (NORMS_FILE if norms_only else WEIGHTS_FILE), data)
-        if source is not None:
-            source.save(path / SOURCE_FOLDER)
-        write_whole(path / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        if norms_only:
+            names = write_weights(path, _context_tensors(model), name=NORMS_FILE)
+        elif base["library"] == "transformers":
+            from cn_hf.hub.transformers_models import save_transformers
+
+            save_transformers(model, path, max_shard_size=max_shard_size)
+            names = weights_in(path)
+        else:
+            names = write_weights(path, model.state_dict(), max_shard_size=max_shard_size)
+        if base["library"] == "timm" and not norms_only:
+            from cn_hf.hub.timm_models import timm_config
+
+            content = timm_config(model, model_args=model_args, model_config=known_labels(model))
+            write_whole(path / "config.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        _write_description(model, path, base | _origin(model, base_id), names, source, norms_only)
     except CheckpointError:
         raise
     except OSError as error:
@@ -97,21 +124,60 @@ def save_pretrained(
     return path
 
 
+def describe_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write ``context_norm.json`` and the context source beside weights that transformers has just saved.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+        ConfigError: the base model could not be built again from its description.
+    """
+    path = Path(folder)
+    try:
+        base = describe_base(model) | _origin(model, None)
+        _write_description(model, path, base, weights_in(path), context_source_of(model, None), norms_only=False)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"Cannot write a checkpoint to {path}: {error}") from error
+
+
+def _origin(model: nn.Module, base_id: str | None) -> dict[str, str]:
+    if base_id is None:
+        return base_origin(model)
+    name, _, revision = base_id.partition("@")
+    return {"id": name, "revision": revision} if revision else {"id": name}
+
+
+def _write_description(
+    model: nn.Module,
+    path: Path,
+    base: dict[str, Any],
+    names: list[str],
+    source: ContextSource | None,
+    norms_only: bool,
+) -> None:
+    router = router_of(model)
+    if source is not None:
+        source.save(path / SOURCE_FOLDER)
+    Description(
+        config=router.config,
+        base=base,
+        base_fingerprint=base_fingerprint(model) if norms_only else None,
+        norms_only=norms_only,
+        weights=checksums(path, names),
+        context_source=source is not None,
+        pixel_mean=router.pixel_mean,
+        pixel_std=router.pixel_std,
+    ).write(path)
+    remove_others(path, names)
+
+
 def _context_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{name}.normalizer.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.normalizer.{key}": tensor.detach()
         for name, slot in named_slots(model)
         for key, tensor in slot.normalizer.state_dict().items()
     }
-
-
-def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One name a storage: tied weights are stored once, under their first name."""
-    kept: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
-        kept.setdefault(key, name)
-    return {name: state[name].detach().cpu().contiguous().clone() for name in kept.values()}
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -125,115 +191,160 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
     device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Load a patched model from a folder or a Hub repository, in evaluation mode, its context source attached.
 
     Args:
         id_or_folder: a folder written by ``save_pretrained``, or ``"user/name"`` on the Hub.
-        model: the base model to load onto; needed for norms-only checkpoints and for models that neither timm nor
-            transformers builds. It is patched in place if it is not yet, and left as it was after an error.
+        model: the base model to load onto; needed for models that neither timm nor transformers builds, and for
+            norms-only checkpoints whose base is not on the Hub. It is patched in place if it is not yet, and left as it
+            was after an error.
         revision: Hub branch, tag or commit.
         token: Hub token.
         cache_dir: Hub cache.
         local_files_only: do not ask the Hub.
+        force_download: download even what the cache has.
+        subfolder: folder inside the repository or folder.
         device: where the model goes.
+        device_map: how its parts are spread over devices, as in accelerate and transformers: ``"auto"`` or a mapping.
+        dtype: floating-point dtype of the weights, also by name; None or ``"auto"`` for the stored ones. The
+            parameters CN added stay float32 at least.
 
     Returns:
         The model.
 
     Raises:
         CheckpointError: nothing there, truncated, of a newer format, of another architecture or number of contexts.
+        ConfigError: an option is unknown, or contradicts another.
     """
-    folder = _folder(id_or_folder, revision, token, cache_dir, local_files_only)
-    description = read_description(folder / CONFIG_FILE, newest=FORMAT, what="checkpoint")
-    try:
-        config = ContextNormConfig.from_dict(description["config"])
-        norms_only = bool(description["norms_only"])
-        base = dict(description["base"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a patched model: {error!r}.") from error
-    if model is None and norms_only:
-        raise CheckpointError(
-            f"{folder} holds the context norms only: pass model=, a copy of their base {base.get('architecture')!r}."
+    if device is not None and device_map is not None:
+        raise ConfigError(f"Pass device= or device_map=, not both; received {device!r} and {device_map!r}.")
+    dtype = _dtype(dtype)
+    options = HubOptions(
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
+    )
+    folder = checkpoint_folder(
+        id_or_folder,
+        options,
+        description_file=CONFIG_FILE,
+        files_of=lambda path: read_description(path).files(),
+    )
+    description = read_description(folder / CONFIG_FILE)
+    if model is None and not description.norms_only and description.base.get("library") == "transformers":
+        from cn_hf.hub.transformers_models import load_transformers
+
+        target = load_transformers(folder, dtype="auto" if dtype is None else dtype, device_map=device_map)
+        _align(target)
+        device_map = None
+    else:
+        check_weights(folder, description.weights)
+        target = _loaded_onto(model, folder, description, options)
+        if dtype is not None:
+            _cast(target, dtype)
+    attach_source(target, folder, description)
+    target.eval()
+    if device_map is not None:
+        return _dispatched(target, device_map)
+    return target if device is None else target.to(device)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str) and dtype != "auto":
+        known = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
+        if dtype.removeprefix("torch.") not in known:
+            raise ConfigError(f"unknown dtype {dtype!r}; {nearest(dtype, known)}")
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating-point one, received {dtype}.")
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    kept = {id(parameter) for parameter in context_parameters(model)}
+    kept |= {id(buffer) for _, slot in named_slots(model) for buffer in slot.normalizer.buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            new = torch.promote_types(dtype, torch.float32) if id(tensor) in kept else dtype
+            tensor.data = tensor.data.to(new)
+
+
+def _align(model: nn.Module) -> None:
+    # transformers leaves tensors where they lie in the mapped file; kernels sum in another order on an odd address, and
+    # the outputs would not be those of the saved model to the last bit.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def _dispatched(model: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Module:
+    import accelerate
+
+    from cn_hf.hub.transformers_models import keep_contexts_loaded
+
+    if isinstance(device_map, str):
+        if device_map != "auto":  # one device by name, as in transformers
+            return model.to(device_map)
+        places: Mapping[str, Any] = accelerate.infer_auto_device_map(model)
+    else:
+        places = device_map
+    dispatched: nn.Module = accelerate.dispatch_model(model, dict(places))
+    keep_contexts_loaded(dispatched)
+    return dispatched
+
+
+def _loaded_onto(model: nn.Module | None, folder: Path, description: Description, options: HubOptions) -> nn.Module:
+    """The checkpoint's weights on the given model, or on its base, built or downloaded."""
+    base, norms_only = description.base, description.norms_only
+    tensors = _stored_tensors(folder, description)
+    if model is not None:
+        _check_architecture(model, base, norms_only)
+    elif norms_only:
+        model = load_base(base, options)
+        _check_architecture(model, base, norms_only=False)
+    else:
+        model = build_base(base)
+        restore_preprocessing(model, folder / "config.json")
+    if norms_only and description.base_fingerprint not in (None, base_fingerprint(model)):
+        warnings.warn(
+            f"The weights under the context norms of {folder} are not those they were trained with, {described(base)}: "
+            "this is as it should be for a fine-tuned copy or another dtype, and else gives other results.",
+            UserWarning,
+            stacklevel=3,
         )
-    tensors = _read_tensors(folder / (NORMS_FILE if norms_only else WEIGHTS_FILE), description.get("weights_sha256"))
-    source = _read_source(folder) if description.get("context_source") else None
-    _check_architecture(model, base, norms_only)
-    target = build_base(base) if model is None else model
-    _load(target, config, tensors, norms_only, str(folder))
-    router = router_of(target)
-    router.config = config  # of a model that was patched before: names and inference are the checkpoint's
-    apply_inference(target, config)
-    router.source = cast("ContextSourceLike | None", source)
-    router.pixel_mean = tuple(description.get("pixel_mean", (0.0,)))
-    router.pixel_std = tuple(description.get("pixel_std", (1.0,)))
-    return target.to(device).eval() if device is not None else target.eval()
+    _load(model, description.config, tensors, norms_only, str(folder))
+    router = router_of(model)
+    router.config = description.config  # of a model that was patched before: names and inference are the checkpoint's
+    apply_inference(model, description.config)
+    return model
 
 
-def _folder(
-    id_or_folder: str | os.PathLike[str],
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    path = Path(id_or_folder)
-    if path.is_dir():
-        return path
-    name = str(id_or_folder)
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise CheckpointError(f"There is no folder {name}.")
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+def _stored_tensors(folder: Path, description: Description) -> dict[str, Tensor]:
+    if description.base.get("library") == "transformers" and not description.norms_only:
+        from cn_hf.hub.transformers_models import load_transformers  # it alone knows its names on disk
 
-    try:
-        snapshot: str = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors"],
-        )
-    except (OSError, ValueError, HFValidationError) as error:
-        raise CheckpointError(f"{name} is no local folder and cannot be had from the Hub: {error}") from error
-    return Path(snapshot)
-
-
-def _read_tensors(path: Path, checksum: object) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"The weights are missing: {path}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if hashlib.sha256(data).hexdigest() != checksum:
-        raise CheckpointError(f"{path} is truncated, changed, or of another save than {CONFIG_FILE} beside it.")
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-    return tensors
-
-
-def _read_source(folder: Path) -> ContextSource | None:
-    try:
-        return ContextSource.load(folder / SOURCE_FOLDER)
-    except ContextSourceError as error:
-        warnings.warn(f"The checkpoint's context source is not attached: {error}", UserWarning, stacklevel=3)
-        return None
+        return dict(load_transformers(folder).state_dict())
+    return read_weights(folder, description.weights)
 
 
 def _check_architecture(model: Any, base: Mapping[str, Any], norms_only: bool) -> None:
-    if model is None or norms_only or base.get("library") == "other":
+    if norms_only or base.get("library") == "other":
         return
     original = getattr(model, "original_class", type(model)).__name__
     own = getattr(model, "pretrained_cfg", None) or {}
-    found = own.get("architecture") if base["library"] == "timm" else original
-    if found != base["architecture"]:
+    found = own.get("architecture") if base.get("library") == "timm" else original
+    if found != base.get("architecture"):
         raise CheckpointError(
-            f"The checkpoint is of the architecture {base['architecture']!r}, model= is {found or original!r}."
+            f"The checkpoint is of the architecture {base.get('architecture')!r}, the model is {found or original!r}."
         )
 
 
@@ -291,3 +402,70 @@ def _check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             name = wrong[0]
             parts.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
         raise CheckpointError(f"The weights in {where} do not fit {type(model).__name__}: {'; '.join(parts)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- publishing
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    norms_only: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a context-normalized model",
+    context_source: ContextSource | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    base_id: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Any:
+    """Publish a patched model on the Hub: what ``save_pretrained`` writes, and a card if the repository has none.
+
+    The repository is made if need be. One commit replaces the checkpoint that was there; other files stay.
+
+    Args:
+        model: a patched model.
+        repo_id: ``"user/name"``, or ``"name"`` for the token's own account.
+        norms_only: see ``save_pretrained``, as are ``context_source``, ``model_args``, ``base_id``, ``max_shard_size``.
+        private: whether a repository made here is private; None for the account's default.
+        token: Hub token with write access; None for the stored one.
+        revision: branch to push to, made if need be.
+        create_pr: open a pull request instead of a commit on the branch.
+        commit_message: of the commit.
+        context_source: see above.
+        model_args: see above.
+        base_id: see above.
+        max_shard_size: see above.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``.
+
+    Raises:
+        CheckpointError: the Hub refuses or cannot be reached.
+        ConfigError: the base model could not be built again from its description.
+        PatchError: the model is not patched.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_pretrained(
+            model,
+            temporary,
+            norms_only,
+            context_source=context_source,
+            model_args=model_args,
+            base_id=base_id,
+            max_shard_size=max_shard_size,
+        )
+        return upload(
+            folder,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            replaced=OWN_FILES,
+            card=lambda name: str(checkpoint_card(model, name, norms_only=norms_only)),
+        )

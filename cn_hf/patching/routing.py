@@ -27,7 +27,7 @@ from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds, as_tensor, resolve_context_ids
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 
-__all__ = ["ContextRouter", "RoutedModel", "Swapped", "router_of", "swap_class", "use_contexts"]
+__all__ = ["ContextRouter", "RoutedModel", "Swapped", "add_root_mixin", "router_of", "swap_class", "use_contexts"]
 
 
 # ------------------------------------------------------------------------------------------------------ swapped classes
@@ -92,16 +92,39 @@ class ContextRouter:
         self.observer: Callable[[Any, Tensor, Tensor | None], None] | None = None
         self.root: weakref.ref[nn.Module] | None = None
 
+    def _running(self) -> Tensor | None:
+        if self.ids is not None:
+            return self.ids
+        return self.backward_ids if self.backward_ids is not None and _in_backward() else self.default
+
+    def is_sequence_first(self, x: Tensor) -> bool:
+        """Whether ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
+
+        Raises:
+            ContextIdError: its first two dimensions are both ``N``.
+        """
+        ids = self._running()
+        if ids is None or ids.shape[0] == 1 or x.dim() < 3 or x.shape[1] != ids.shape[0]:
+            return False
+        if x.shape[0] == ids.shape[0]:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)} near attention that takes "
+                "sequences first, and either dimension can be the batch: build the model with batch_first=True, or "
+                "change the batch size."
+            )
+        return True
+
     def ids_for(self, x: Tensor) -> Tensor | None:
         """The running call's ids for a tensor whose leading dimension is ``N`` or, batch-major, a multiple of it.
 
         Raises:
             ContextIdError: the leading dimension is no multiple of ``N``.
         """
-        ids = self.ids
+        ids = self._running()
         if ids is None:
-            ids = self.backward_ids if self.backward_ids is not None and _in_backward() else self.default
-        if ids is None or ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
+            return None
+        ids = ids.to(x.device)  # another one where a device map spreads the model
+        if ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
             return ids
         if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
             raise ContextIdError(
@@ -146,7 +169,8 @@ def router_of(model: nn.Module) -> ContextRouter:
     if not isinstance(model, RoutedModel):
         raise PatchError(
             f"{type(model).__name__} is not a patched model: call patch_model(model, ...) first, and pass the model "
-            "itself rather than a wrapper (model.module of DDP, model._orig_mod of torch.compile)."
+            "itself rather than a wrapper (model.module of DDP, model._orig_mod of torch.compile, get_base_model() of "
+            "peft)."
         )
     return model.router
 
@@ -200,6 +224,27 @@ class RoutedModel(Swapped):
         )
 
 
+ROOT_MIXINS: dict[str, type] = {}
+"""What roots of a library's models can do besides: qualified name of the library's base class -> mixin."""
+
+
+def add_root_mixin(library_class: str, mixin: type) -> None:
+    """Give the roots of patched models that descend from ``library_class`` the methods of ``mixin``.
+
+    Args:
+        library_class: qualified name, so that the library need not be imported.
+        mixin: comes before ``RoutedModel`` among the root's base classes.
+    """
+    if ROOT_MIXINS.get(library_class) is not mixin:
+        ROOT_MIXINS[library_class] = mixin
+        _routed_class.cache_clear()
+
+
+def _root_mixins(base: type) -> list[type]:
+    names = {f"{ancestor.__module__}.{ancestor.__qualname__}" for ancestor in base.__mro__}
+    return [mixin for name, mixin in ROOT_MIXINS.items() if name in names]
+
+
 def routed_class(base: Any) -> type[nn.Module]:
     """The subclass of the module class ``base`` that routes context ids, under the same name.
 
@@ -235,7 +280,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
         "recipe": (routed_class, (base,)),
         "forward": forward,
     }
-    return type(base.__name__, (RoutedModel, base), namespace)
+    return type(base.__name__, (*_root_mixins(base), RoutedModel, base), namespace)
 
 
 # --------------------------------------------------------------------------------------------------------- one forward

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 import cn_hf
@@ -21,6 +22,7 @@ from cn_hf.evaluation import ProtocolReport, plot_protocols, plot_training_curve
 from cn_hf.evaluation.environment import portable_path
 from cn_hf.files import write_whole
 from cn_hf.hub import save_pretrained
+from cn_hf.hub.preprocessing import record_preprocessing, save_image_processor
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
@@ -77,12 +79,16 @@ def write_run(run: ClassifierRun, folder: Path) -> None:
     arguments = timm_arguments(
         config.model, num_classes=data.num_classes, input_size=data.input_size, model_args=config.model_args
     )
+    pixels: dict[str, Any] = {"input_size": data.input_size, "mean": data.mean, "std": data.std}
+    record_preprocessing(run.model, **pixels, label_names=data.class_names)
     if isinstance(run.model, RoutedModel):
         source = None if config.mode in BASELINES else data.context_source
         save_pretrained(run.model, folder / "checkpoint", context_source=source, model_args=arguments)
     else:
         save_plain(run.model, folder / "checkpoint", arguments)
     try:
+        if isinstance(run.model, transformers.PreTrainedModel):
+            save_image_processor(folder / "checkpoint", **pixels)
         if run.report is not None:
             table = protocol_table(run.report, title=run_title(config, data))
             write_whole(folder / "table.md", (table + "\n").encode())

@@ -1,0 +1,77 @@
+"""``cn-hf push``, ``inspect`` and ``predict``: their options. What they do is imported only once these are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cn_hf.errors import ConfigError
+
+__all__ = ["inspect", "predict", "push"]
+
+_Token = Annotated[
+    str | None, typer.Option(help="Hub token; else the stored one.", envvar="HF_TOKEN", show_envvar=False)
+]
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+_Subfolder = Annotated[str, typer.Option(help="Folder inside the repository or folder.")]
+
+
+def push(
+    run_folder: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: user/name; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if need be.")] = None,
+    token: _Token = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+) -> None:
+    """Publish a finished run: weights, model card, context source, results and curves, in one commit."""
+    from cn_hf.hub.publish import push_run, run_files
+
+    if dry_run:
+        found = run_files(run_folder, repo_id)
+        print(f"would go to {repo_id}:\n{found.listing()}\n\n--- README.md ---\n{found.card}")
+        return
+    commit = push_run(run_folder, repo_id, private=private or None, token=token, revision=revision)
+    print(f"pushed to {commit.commit_url}")
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's or run's folder, or user/name on the Hub.")],
+    revision: _Revision = None,
+    subfolder: _Subfolder = "",
+    token: _Token = None,
+) -> None:
+    """Show a checkpoint's contexts, slots, parameters added, sizes and results. No weights are downloaded."""
+    from cn_hf.hub.inspection import inspect_checkpoint
+    from cn_hf.hub.repository import HubOptions
+
+    print(inspect_checkpoint(checkpoint, HubOptions(revision=revision, subfolder=subfolder, token=token)))
+
+
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or user/name on the Hub.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.")],
+    context: Annotated[
+        list[str] | None, typer.Option(help="Context of the images, by name or number; repeatable. Else unknown.")
+    ] = None,
+    all_contexts: Annotated[bool, typer.Option("--all-contexts", help="Each context in turn, and none.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Classes shown.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    revision: _Revision = None,
+    subfolder: _Subfolder = "",
+    token: _Token = None,
+) -> None:
+    """Classify image files: labels with probabilities, with a known context or without."""
+    if context and all_contexts:
+        raise ConfigError("--context and --all-contexts exclude each other.")
+    from cn_hf.hub import from_pretrained, prediction
+
+    pictures = prediction.open_images(images)
+    model = from_pretrained(checkpoint, revision=revision, subfolder=subfolder, token=token, device=device)
+    contexts: list[str | None] = [*context] if context else [None]
+    if all_contexts:
+        contexts += prediction.context_names(model)
+    found = prediction.predict(model, pictures, contexts=contexts, names=[path.name for path in images], top=top)
+    print(prediction.prediction_lines(found))

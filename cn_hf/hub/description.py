@@ -1,0 +1,149 @@
+"""``context_norm.json``: what a checkpoint is. Everything a loader needs besides the weights, as plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from cn_hf.contexts import ContextSource
+from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
+from cn_hf.files import read_description as read_json
+from cn_hf.files import write_whole
+from cn_hf.hub.weights import is_weights_name
+from cn_hf.patching import ContextNormConfig
+from cn_hf.patching.routing import ContextSourceLike, router_of
+
+__all__ = ["CONFIG_FILE", "SOURCE_FOLDER", "Description", "attach_source", "context_source_of", "read_description"]
+
+FORMAT = 1  # raised when a release can no longer be read by the ones before
+CONFIG_FILE = "context_norm.json"
+SOURCE_FOLDER = "context_source"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The content of ``context_norm.json``.
+
+    Attributes:
+        config: how the model is patched.
+        base: what ``describe_base`` says of the model under the patches, with the ``id`` and ``revision`` it came from.
+        base_fingerprint: of the base model's weights, for checkpoints of the context parameters alone.
+        norms_only: the weights are the context parameters alone.
+        weights: SHA-256 by file name.
+        context_source: a context source is in ``context_source/``.
+        pixel_mean: what was subtracted from pixels in 0..1 before they reach the model, one a channel.
+        pixel_std: what they were divided by.
+    """
+
+    config: ContextNormConfig
+    base: dict[str, Any]
+    base_fingerprint: str | None = None
+    norms_only: bool = False
+    weights: dict[str, str]
+    context_source: bool = False
+    pixel_mean: tuple[float, ...] = (0.0,)
+    pixel_std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        """Check the fields that lead to files.
+
+        Raises:
+            ConfigError: a file name leads elsewhere, or a value has another type.
+        """
+        for name, checksum in self.weights.items():
+            if not is_weights_name(name):
+                raise ConfigError(f"weights name {name!r}, which is no safetensors file of the checkpoint's own folder")
+            if not re.fullmatch("[0-9a-f]{64}", str(checksum)):
+                raise ConfigError(f"weights have {checksum!r} for the checksum of {name}")
+        if not self.weights:
+            raise ConfigError("weights name no file")
+
+    def write(self, folder: Path) -> None:
+        """Write the file, whole.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content = {"format": FORMAT, **fields, "config": self.config.to_dict()}
+        write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def files(self) -> list[str]:
+        """Patterns of all files of the checkpoint but this one, relative to its folder."""
+        return ["*.json", f"{SOURCE_FOLDER}/*", *self.weights]
+
+
+def read_description(path: Path) -> Description:
+    """Read ``context_norm.json``; fields of later releases of the same format are left aside.
+
+    Raises:
+        CheckpointError: it is missing, truncated, of a newer format, or does not describe a patched model.
+    """
+    content = read_json(path, newest=FORMAT, what="checkpoint")
+    known = {field.name for field in dataclasses.fields(Description)}
+    values = {name: value for name, value in content.items() if name in known}
+    try:
+        values["config"] = ContextNormConfig.from_dict(values["config"])
+        values["base"], values["weights"] = dict(values["base"]), dict(values["weights"])
+        for name in ("pixel_mean", "pixel_std"):
+            values[name] = tuple(float(value) for value in values.get(name, getattr(_DEFAULTS, name)))
+        return Description(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a patched model: {error}.") from error
+
+
+_DEFAULTS = Description(config=ContextNormConfig(), base={}, weights={"model.safetensors": "0" * 64})
+
+
+def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextSource | None:
+    """The source that travels with a checkpoint: the given one, else the one attached to the model.
+
+    Raises:
+        InputTypeError: it is no context source.
+        ConfigError: it names another number of contexts than the model has.
+    """
+    router = router_of(model)
+    source = router.source if given is None else given
+    if source is not None and not isinstance(source, ContextSource):
+        raise InputTypeError(f"context_source must be a ContextSource, received {type(source).__name__}.")
+    if source is not None and source.num_contexts != router.config.num_contexts:
+        raise ConfigError(
+            f"The source names {source.num_contexts} contexts, the model has {router.config.num_contexts}."
+        )
+    return source
+
+
+def attach_source(model: nn.Module, folder: Path, description: Description) -> None:
+    """Give a loaded model what its checkpoint says of the pixels it wants, and its context source.
+
+    A source that cannot be loaded without the user's own code is left out with a warning.
+
+    Raises:
+        CheckpointError: a file of the source is missing or damaged.
+    """
+    router = router_of(model)
+    router.pixel_mean, router.pixel_std = _numbers(description.pixel_mean), _numbers(description.pixel_std)
+    router.source = None
+    if description.context_source:
+        try:
+            router.source = cast(ContextSourceLike, ContextSource.load(folder / SOURCE_FOLDER))
+        except ContextSourceError as error:
+            warnings.warn(f"The checkpoint's context source is not attached: {error}", UserWarning, stacklevel=4)
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """The base model of a description in words."""
+    name = f"{values.get('library')} model {values.get('architecture')!r}"
+    return f"{name} ({values['id']})" if values.get("id") else name

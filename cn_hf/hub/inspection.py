@@ -1,0 +1,129 @@
+"""``cn-hf inspect``: what a checkpoint is, told without loading its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cn_hf.errors import CheckpointError, PatchError
+from cn_hf.hub.base_model import build_base
+from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
+from cn_hf.hub.repository import HubOptions, checkpoint_folder
+from cn_hf.patching import context_parameters, patch_model, patch_report
+from cn_hf.patching.config import BASELINES
+
+__all__ = ["inspect_checkpoint"]
+
+RESULTS_FILE = "results.json"
+
+
+def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions | None = None) -> str:
+    """Contexts, slots, parameters added, sizes and results of a checkpoint, as text.
+
+    Args:
+        id_or_folder: a folder written by ``save_pretrained``, the folder of a run, or ``"user/name"`` on the Hub, of
+            which no weights are downloaded.
+        options: how the Hub is asked.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or of a newer format.
+    """
+    options = HubOptions() if options is None else options
+    place = Path(id_or_folder)
+    if (place / "checkpoint" / CONFIG_FILE).is_file():
+        place = place / "checkpoint"
+    folder = checkpoint_folder(
+        place if place.is_dir() else id_or_folder,
+        options,
+        description_file=CONFIG_FILE,
+        files_of=lambda path: [CONFIG_FILE, f"{SOURCE_FOLDER}/*.json", RESULTS_FILE],
+    )
+    description = read_description(folder / CONFIG_FILE)
+    parts = [_summary(description, folder), _slots(description), _results(folder)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _summary(description: Description, folder: Path) -> str:
+    config = description.config
+    names = list(config.context_names or map(str, range(config.num_contexts)))
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    kind = "components" if config.mode == "mn" else "contexts"
+    lines = [
+        f"base: {described(description.base)}",
+        f"mode: {config.mode}, {config.parametrization}; without ids: {config.inference}"
+        + (f" ({config.plus_stats}, {config.plus_scale})" if config.inference == "cn+" else ""),
+    ]
+    if config.mode != "bn":
+        lines.append(f"{kind}: {len(names)} ({shown})")
+    if config.mode not in BASELINES:
+        source = _source_type(folder) if description.context_source else "none; contexts must be given"
+        lines.append(f"context source: {source}")
+    lines.append(f"pixels: less {_numbers(description.pixel_mean)}, by {_numbers(description.pixel_std)}")
+    for name in description.weights:
+        file = folder / name
+        size = f"{file.stat().st_size / 1e6:,.2f} MB" if file.is_file() else "not downloaded"
+        lines.append(f"weights: {name}, {size}" + (" (context parameters alone)" if description.norms_only else ""))
+    return "\n".join(lines)
+
+
+def _source_type(folder: Path) -> str:
+    try:
+        content = json.loads((folder / SOURCE_FOLDER / "context_source.json").read_bytes())
+        return str(content.get("type"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / SOURCE_FOLDER} cannot be read: {error}. Save the checkpoint again."
+        ) from error
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+def _slots(description: Description) -> str:
+    if description.base.get("library") == "other":
+        return "slots: known once the model is there (its library is neither timm nor transformers)"
+    try:
+        try:
+            with torch.device("meta"):
+                model = build_base(description.base)
+        except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
+            model = build_base(description.base)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # batch norms that never saw data
+            patch_model(model, config=description.config)
+    except (PatchError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the described model cannot be built: {error}") from error
+    added = sum(parameter.numel() for parameter in context_parameters(model))
+    report = patch_report(model)
+    return f"parameters: {total:,} and {added:,} added, in {len(report)} slots\n{report}"
+
+
+def _results(folder: Path) -> str:
+    file = next((f for f in (folder / RESULTS_FILE, folder.parent / RESULTS_FILE) if f.is_file()), None)
+    if file is None:
+        return ""
+    try:
+        results: Mapping[str, Any] = json.loads(file.read_bytes())
+        evaluation = results["evaluation"]
+        if not evaluation:
+            return ""
+        lines = [f"results on the {results['evaluated_split']} split:"]
+        width = max(len(row["name"]) for row in evaluation["rows"])
+        for row in evaluation["rows"]:
+            rates = (
+                [f"top-{k} {100 * row['correct'][str(k)] / row['num_samples']:.2f} %" for k in evaluation["top_k"]]
+                if not row.get("unavailable")
+                else ["not available"]
+            )
+            lines.append(f"  {row['name'].ljust(width)}  {', '.join(rates)}")
+        return "\n".join([*lines, *(f"  {text}" for text in evaluation["findings"])])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no results file of cn_hf: {error!r}.") from error

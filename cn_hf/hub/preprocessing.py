@@ -1,0 +1,162 @@
+"""What a model expects of its images and calls its classes, kept where its own library keeps it.
+
+timm has ``pretrained_cfg`` (``input_size``, ``mean``, ``std``, ``label_names``), transformers the config's
+``image_size`` and ``id2label``; the mean and standard deviation of its pixels a patched model's router has.
+
+Shape legend: ``N`` images, ``C`` channels, ``H`` and ``W`` height and width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from cn_hf.contexts.images import to_array
+from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.patching.routing import router_of
+
+__all__ = [
+    "input_size_of",
+    "known_labels",
+    "label_names_of",
+    "record_preprocessing",
+    "restore_preprocessing",
+    "save_image_processor",
+    "to_pixels",
+]
+
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def input_size_of(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a timm or transformers model was made for; 3 x 224 x 224 where it does not say."""
+    described, config = getattr(model, "pretrained_cfg", None), getattr(model, "config", None)
+    if isinstance(described, dict) and described.get("input_size"):
+        channels, height, width = described["input_size"]
+        return int(getattr(model, "in_chans", channels)), int(height), int(width)
+    side = getattr(config, "image_size", None) or 224
+    height, width = (side, side) if isinstance(side, int) else tuple(side)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def label_names_of(model: Any, count: int) -> list[str]:
+    """Names of the classes, ``count`` of them; ``class 0`` and so on where the model does not know any."""
+    described = getattr(model, "pretrained_cfg", None)
+    names: Any = described.get("label_names") if isinstance(described, dict) else None
+    by_id = getattr(getattr(model, "config", None), "id2label", None)
+    if not names and isinstance(by_id, dict):
+        names = [str(by_id.get(number, f"class {number}")) for number in range(count)]
+    if not names or len(names) != count:
+        return [f"class {number}" for number in range(count)]
+    return [str(name) for name in names]
+
+
+def record_preprocessing(
+    model: Any,
+    *,
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    label_names: Sequence[str] | None = None,
+) -> None:
+    """Write down in the model, as its library does, which images it was trained on, so that checkpoints tell.
+
+    Args:
+        model: a timm or transformers model, patched or not; any other is left alone.
+        input_size: (C, H, W).
+        mean: one a channel, of pixels in 0..1.
+        std: one a channel.
+        label_names: one a class.
+    """
+    names = None if label_names is None else [str(name) for name in label_names]
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        fields: dict[str, Any] = {"input_size": tuple(input_size), "mean": tuple(mean), "std": tuple(std)}
+        fields |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}  # images are resized whole
+        if names is not None:
+            fields["label_names"] = names
+        model.pretrained_cfg = {**model.pretrained_cfg, **fields}
+    elif hasattr(model, "config") and hasattr(model.config, "to_diff_dict") and names is not None:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def known_labels(model: Any) -> dict[str, Any]:
+    """``label_names`` of a timm model, as its ``config.json`` has them; nothing where it knows none."""
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    return {"label_names": list(names)} if names else {}
+
+
+def restore_preprocessing(model: Any, config_file: Path) -> None:
+    """Give a timm model that was just built what its checkpoint's ``config.json`` says of images and classes.
+
+    Raises:
+        CheckpointError: the file is there and no description of a timm model.
+    """
+    if not (isinstance(getattr(model, "pretrained_cfg", None), dict) and config_file.is_file()):
+        return
+    try:
+        content = json.loads(config_file.read_bytes())
+        stored = {name: value for name, value in content["pretrained_cfg"].items() if name in _PREPROCESSING}
+        names = content.get("label_names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{config_file} does not describe a timm model: {error!r}. Save it again.") from error
+    model.pretrained_cfg = {**model.pretrained_cfg, **stored, **({"label_names": names} if names else {})}
+
+
+def save_image_processor(
+    folder: str | os.PathLike[str], *, input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Write the ``preprocessor_config.json`` by which ``AutoImageProcessor`` prepares images as in training.
+
+    Args:
+        folder: of a checkpoint of a transformers model.
+        input_size: (C, H, W).
+        mean: one a channel, of pixels in 0..1.
+        std: one a channel.
+    """
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(
+        size={"height": int(input_size[1]), "width": int(input_size[2])},
+        resample=PIL.Image.Resampling.BICUBIC,
+        image_mean=[float(value) for value in mean],
+        image_std=[float(value) for value in std],
+    )
+    processor.save_pretrained(folder)
+
+
+def to_pixels(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
+    """Images of any size and mode as a batch for a patched model: upright, resized, normalised.
+
+    Args:
+        model: a patched model that knows the mean and standard deviation of its pixels.
+        images: PIL images; EXIF orientation is applied.
+
+    Returns:
+        float32 ``(N, C, H, W)``.
+
+    Raises:
+        ConfigError: the model takes neither one channel nor three.
+    """
+    router = router_of(model)
+    channels, height, width = input_size_of(model)
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise ConfigError(f"image files have one channel or three, the model takes {channels}.")
+    arrays = [to_array(_upright(image), mode, (height, width)) for image in images]
+    pixels = torch.stack([torch.from_numpy(array.copy()) for array in arrays]).permute(0, 3, 1, 2).float() / 255
+    shape = (1, -1, 1, 1)
+    return (pixels - torch.tensor(router.pixel_mean).view(shape)) / torch.tensor(router.pixel_std).view(shape)
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image) or image

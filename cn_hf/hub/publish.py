@@ -1,0 +1,118 @@
+"""``cn-hf push``: a finished run on the Hub: checkpoint, card, results and curves, in one commit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cn_hf.errors import CheckpointError
+from cn_hf.hub.card import run_card
+from cn_hf.hub.checkpoint import OWN_FILES
+from cn_hf.hub.description import CONFIG_FILE, read_description
+from cn_hf.hub.repository import CARD_FILE, upload
+from cn_hf.hub.weights import check_weights
+
+__all__ = ["RunFiles", "push_run", "run_files"]
+
+CHECKPOINT = "checkpoint"
+RESULTS = "results.json"
+EXTRAS = ("config.yaml", "table.md", "curves.png", "protocols.png", RESULTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """What would be published of a run.
+
+    Attributes:
+        files: from the path in the repository to the local file.
+        card: text of the card.
+    """
+
+    files: Mapping[str, Path]
+    card: str
+
+    def listing(self) -> str:
+        """All files with their sizes, as text."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        sizes[CARD_FILE] = len(self.card.encode())
+        width = max(map(len, sizes))
+        lines = [f"{name.ljust(width)}  {size / 1000:>12,.1f} kB" for name, size in sorted(sizes.items())]
+        return "\n".join([*lines, f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.2f} MB"])
+
+
+def run_files(run_folder: Path, repo_id: str) -> RunFiles:
+    """Collect and check what a finished run publishes.
+
+    Args:
+        run_folder: output folder of a run.
+        repo_id: where it will go.
+
+    Raises:
+        CheckpointError: the run is not finished, has no patched checkpoint, or a file is damaged.
+        ConfigError: its results lack what a card tells.
+    """
+    checkpoint, results_file = run_folder / CHECKPOINT, run_folder / RESULTS
+    if not results_file.is_file():
+        raise CheckpointError(
+            f"{run_folder} is not the folder of a finished run: {RESULTS} is missing. Finish it with --resume; a "
+            "checkpoint without a run is pushed by cn_hf.push_to_hub."
+        )
+    try:
+        results: dict[str, Any] = json.loads(results_file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{results_file} cannot be read: {error}") from error
+    card = str(run_card(results, repo_id))
+    description = read_description(checkpoint / CONFIG_FILE)
+    check_weights(checkpoint, description.weights)
+    files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    files |= {name: run_folder / name for name in EXTRAS if (run_folder / name).is_file()}
+    return RunFiles(files=files, card=card)
+
+
+def push_run(
+    run_folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Publish a finished run, with a card made from its results.
+
+    Args:
+        run_folder: output folder of a run.
+        repo_id: ``"user/name"``; made if need be.
+        private: whether a repository made here is private.
+        token: Hub token with write access; None for the stored one.
+        revision: branch to push to, made if need be.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``.
+
+    Raises:
+        CheckpointError: the run is not finished or damaged, or the Hub refuses.
+        ConfigError: its results lack what a card tells.
+    """
+    found = run_files(run_folder, repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, path in found.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        (folder / CARD_FILE).write_text(found.card, encoding="utf-8")
+        return upload(
+            folder,
+            repo_id,
+            card=None,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=False,
+            commit_message="Upload a run of cn_hf",
+            replaced=OWN_FILES,
+        )

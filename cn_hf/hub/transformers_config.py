@@ -1,0 +1,157 @@
+"""The ``config.json`` of a patched transformers model: its base's config, and how it is patched.
+
+Reading one makes a subclass of the base's config class, and registers it in the Auto mappings with the patched
+counterparts of the base's models. The file's model type is ``"context_norm"`` for every architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
+
+from cn_hf.errors import CheckpointError
+from cn_hf.patching.config import ContextNormConfig
+from cn_hf.patching.routing import routed_class
+
+__all__ = ["MODEL_TYPE", "ContextConfig", "context_config"]
+
+MODEL_TYPE = "context_norm"
+FORMAT = 1  # raised when a release can no longer be read by the ones before
+PREFIX = "ContextNorm"  # of architectures' names in files: no class of transformers may be taken for ours
+GUARD = "this model has context normalization: import cn_hf and load it with an Auto class or cn_hf.from_pretrained"
+
+
+class ContextConfig:
+    """What the config class of a patched model has besides its base's: how the model is patched.
+
+    Attributes:
+        base_class: the config class of the model under the patches.
+        architecture: the name of that model's class.
+        context_norm: ``"config"`` (of ``ContextNormConfig``), ``"slots"`` (their names), ``"pixel_mean"`` and
+            ``"pixel_std"``.
+    """
+
+    base_class: ClassVar[Any]
+    architecture: ClassVar[str]
+    context_norm: Mapping[str, Any] = MappingProxyType({})
+
+    def plain(self) -> Any:
+        """The base model's own config."""
+        config: Any = copy.copy(self)
+        config.__dict__.pop("context_norm", None)
+        config.__class__ = self.base_class
+        config.architectures = [self.architecture]
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as they stand in ``config.json``."""
+        return self._written(self.plain().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values that differ from defaults, as they stand in ``config.json``."""
+        return self._written(self.plain().to_diff_dict())
+
+    def _written(self, base: dict[str, Any]) -> dict[str, Any]:
+        # No "model_type" may stand beside the base's values: the base's class would find them by it.
+        written = {
+            "architectures": [PREFIX + self.architecture],
+            "model_type": MODEL_TYPE,
+            "base_model_type": base.pop("model_type"),
+            "transformers_version": base.pop("transformers_version", None),
+            "context_norm": {"format": FORMAT, **self.context_norm},
+        }
+        if "pretrained_cfg" in base:  # TimmWrapper's image processor looks for it here
+            written["pretrained_cfg"] = base.pop("pretrained_cfg")
+        guarded = _guarded_field(self.base_class)
+        return written | {"base_config": base} | ({guarded: GUARD} if guarded else {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from the values of a ``config.json``, of the subclass for its base and architecture.
+
+        Raises:
+            CheckpointError: it describes no patched model, one of a newer format, or one transformers cannot build.
+        """
+        base_class, architecture, base, description = _read_values(config_dict)
+        config_class = context_config(base_class, architecture)
+        _register_models(config_class)
+        made = cast(Any, super(ContextConfig, config_class)).from_dict(base, **kwargs)  # of the base's class
+        config = made[0] if isinstance(made, tuple) else made
+        config.context_norm = description
+        config.architectures = [PREFIX + architecture]
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle how the class is made, which no module contains."""
+        return (_new_config, (self.base_class, self.architecture), self.__dict__.copy())
+
+
+@cache
+def context_config(base: Any, architecture: str) -> Any:
+    """The subclass of the config class ``base`` for patched models of one architecture."""
+    namespace = {"__module__": __name__, "__doc__": ContextConfig.__doc__, "base_class": base}
+    if not architecture:  # what AutoConfig finds, of which no instance is made
+        namespace["model_type"] = MODEL_TYPE
+    return type(f"{PREFIX}{architecture}Config", (ContextConfig, base), namespace | {"architecture": architecture})
+
+
+def _new_config(base: Any, architecture: str) -> Any:
+    config_class = context_config(base, architecture)
+    return config_class.__new__(config_class)
+
+
+def _guarded_field(config_class: Any) -> str | None:
+    """A number of the base's own, in whose place the file holds words: the base's own class then refuses the file."""
+    from transformers import PreTrainedConfig
+
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = [field for field in dataclasses.fields(config_class) if field.name not in general]
+    numbers = [field.name for field in own if type(field.default) in (int, float)]
+    return numbers[0] if numbers else None
+
+
+def _read_values(values: Mapping[str, Any]) -> tuple[Any, str, dict[str, Any], dict[str, Any]]:
+    """Base config class, architecture, base config's values and description in the values of a ``config.json``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        description = dict(values["context_norm"])
+        version = int(description.pop("format"))
+        base_type, base = str(values["base_model_type"]), dict(values["base_config"])
+        (architecture,) = values["architectures"]
+        ContextNormConfig.from_dict(description["config"])
+        slots = description["slots"]
+        if not isinstance(slots, list) or not all(isinstance(name, str) for name in slots):
+            raise TypeError("slots must be a list of names")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json does not describe a patched transformers model: {error!r}.") from error
+    if version > FORMAT:
+        raise CheckpointError(f"config.json has format {version}, this version reads up to {FORMAT}: update cn_hf.")
+    if base_type not in CONFIG_MAPPING or base_type == MODEL_TYPE:
+        raise CheckpointError(
+            f"transformers does not know the base model type {base_type!r}: update it, or call AutoConfig.register."
+        )
+    if "pretrained_cfg" in values:
+        base["pretrained_cfg"] = dict(values["pretrained_cfg"])
+    return CONFIG_MAPPING[base_type], str(architecture).removeprefix(PREFIX), base, description
+
+
+def _register_models(config_class: Any) -> None:
+    """Tell the Auto classes that know ``config_class``'s base which models and processors belong to it."""
+    from transformers.models.auto import auto_factory, image_processing_auto, modeling_auto
+
+    for mapping in {
+        id(m): m for m in vars(modeling_auto).values() if type(m) is auto_factory._LazyAutoMapping
+    }.values():
+        if config_class not in mapping and config_class.base_class in mapping:
+            found = mapping[config_class.base_class]
+            classes = found if isinstance(found, (list, tuple)) else (found,)
+            named = [model_class for model_class in classes if model_class.__name__ == config_class.architecture]
+            mapping.register(config_class, routed_class((named or classes)[0]))
+    processors = image_processing_auto.IMAGE_PROCESSOR_MAPPING
+    if config_class not in processors and config_class.base_class in processors:
+        processors.register(config_class, processors[config_class.base_class])

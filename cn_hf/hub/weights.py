@@ -1,0 +1,180 @@
+"""Weights of a checkpoint: safetensors files, one or several with an index, each known by its checksum.
+
+Names and layout are those of transformers and huggingface_hub: ``model.safetensors``, or
+``model-00001-of-00003.safetensors`` and so on beside ``model.safetensors.index.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cn_hf.errors import CheckpointError
+from cn_hf.files import sha256_of, write_whole, written_whole
+
+__all__ = [
+    "INDEX_FILE",
+    "NORMS_FILE",
+    "WEIGHTS_FILE",
+    "check_weights",
+    "checksums",
+    "fingerprint",
+    "is_weights_name",
+    "read_weights",
+    "remove_others",
+    "weights_in",
+    "write_weights",
+]
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+NORMS_FILE = "context_norm.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def is_weights_name(name: object) -> bool:
+    """Whether ``name`` is a plain name of a safetensors file: no folder, nothing that leads out of one."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", name) is not None
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], *, name: str = WEIGHTS_FILE, max_shard_size: int | str = "5GB"
+) -> list[str]:
+    """Write tensors into one file, or into several with an index where one would exceed ``max_shard_size``.
+
+    Args:
+        folder: where to; made if need be.
+        tensors: by name, on any device; tied ones are stored once, under their first name.
+        name: of the file.
+        max_shard_size: bytes, or words such as ``"5GB"``.
+
+    Returns:
+        Names of the files that hold tensors.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    kept = _without_aliases(tensors)
+    pattern = name.replace(".safetensors", "{suffix}.safetensors")
+    split = huggingface_hub.split_torch_state_dict_into_shards(
+        kept, filename_pattern=pattern, max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        part = {key: kept[key].detach().cpu().contiguous() for key in names}
+        with written_whole(folder / file) as temporary:
+            safetensors.torch.save_file(part, temporary, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_whole(folder / f"{name}.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    return list(split.filename_to_tensors)
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        kept.setdefault(key, name)
+    storages: set[int] = set()
+    whole: dict[str, Tensor] = {}
+    for name in kept.values():  # views of one storage are no aliases, but safetensors wants storages of their own
+        tensor = state[name]
+        pointer = tensor.untyped_storage().data_ptr()
+        whole[name] = tensor.detach().clone() if pointer in storages else tensor
+        storages.add(pointer)
+    return whole
+
+
+def weights_in(folder: Path) -> list[str]:
+    """Names of the files of full weights in a folder: those the index names, or the one file.
+
+    Raises:
+        CheckpointError: the index is no index, or names a file outside the folder.
+    """
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [WEIGHTS_FILE]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is truncated or no index of weights ({error!r}). Save it again.") from error
+    for name in names:
+        if not is_weights_name(name):
+            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of its own folder.")
+    return names
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file."""
+    return {name: sha256_of(folder / name) for name in names}
+
+
+def remove_others(folder: Path, names: Iterable[str]) -> None:
+    """Remove the weights of an earlier save: another reader of the folder would take them for this one's."""
+    kept = set(names)
+    if kept <= {WEIGHTS_FILE, NORMS_FILE}:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+    for file in (*folder.glob("model*.safetensors"), folder / NORMS_FILE):
+        if file.name not in kept and re.fullmatch(r"model(-\d{5}-of-\d{5})?|context_norm", file.stem):
+            file.unlink(missing_ok=True)
+
+
+def check_weights(folder: Path, expected: Mapping[str, str]) -> None:
+    """Compare files with their checksums.
+
+    Raises:
+        CheckpointError: a file is missing, or not what was saved.
+    """
+    if NORMS_FILE not in expected:
+        unknown = sorted(set(weights_in(folder)) - set(expected))
+        if unknown and (folder / unknown[0]).exists():
+            raise CheckpointError(f"{folder} has {unknown[0]}, which its description does not know. Save it again.")
+    for name, checksum in expected.items():
+        try:
+            found = sha256_of(folder / name)
+        except FileNotFoundError as error:
+            pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+            words = f" ({pickles[0]} is a pickle, which cn_hf never loads)" if pickles else ""
+            raise CheckpointError(f"The weights are missing: {folder / name}{words}") from error
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+        if found != checksum:
+            raise CheckpointError(
+                f"{folder / name} is truncated, changed, or of another save than the description beside it. Save it "
+                "again, or download it again with force_download=True."
+            )
+
+
+def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """All tensors of the files, on the CPU.
+
+    Raises:
+        CheckpointError: a file is no safetensors file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= safetensors.torch.load_file(folder / name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / name} is no safetensors file: {error}") from error
+    return tensors
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values: equal if and only if all of these are."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,198 @@
+"""``cn-hf inspect``, ``predict`` and ``push``: a trained run, looked at, used and published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from hub_server import HubServer
+from transformers import AutoImageProcessor
+
+import cn_hf
+from cn_hf.errors import CheckpointError, ConfigError, ContextIdError, DatasetFileError
+from cn_hf.hub.inspection import inspect_checkpoint
+from cn_hf.hub.prediction import open_images, predict, prediction_lines
+from cn_hf.hub.preprocessing import input_size_of, label_names_of, to_pixels
+from cn_hf.hub.publish import run_files
+from cn_hf.training.classifier import train_classifier
+from cn_hf.training.config import TrainingConfig
+
+CLASSES = ("dark", "light", "striped")
+
+
+def pixels(label: int, night: int, generator: np.random.Generator) -> np.ndarray:
+    image = generator.integers(60 * label, 60 * label + 60, size=(16, 16, 3))
+    return (image // 2 if night else image + 70).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Two finished runs, of a timm and of a transformers model."""
+    folder = tmp_path_factory.mktemp("runs")
+    generator = np.random.default_rng(0)
+    names = {"label": ClassLabel(names=list(CLASSES)), "time": ClassLabel(names=["day", "night"])}
+    for split, count in (("train", 48), ("test", 24)):
+        labels, nights = [i % 3 for i in range(count)], [i // 3 % 2 for i in range(count)]
+        images = [pixels(label, night, generator) for label, night in zip(labels, nights, strict=True)]
+        rows = {"image": images, "label": labels, "time": nights}
+        data = Dataset.from_dict(rows, features=Features({"image": Image(), **names}))
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    options = {
+        "dataset": [str(folder)], "contexts": "column:time", "epochs": 1, "batch_size": 16, "progress": False,
+    }  # fmt: skip
+    native = folder / "vit"
+    from transformers import ViTConfig
+
+    ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4
+    ).save_pretrained(native)
+    models = {"timm": ("cn_cifar_convnet", "cn-channels", 32), "native": (str(native), "cn-patches", 16)}
+    for name, (model, mode, size) in models.items():
+        config = {**options, "model": model, "mode": mode, "image_size": size, "output_dir": str(folder / name)}
+        train_classifier(TrainingConfig.from_dict(config))
+    return {name: folder / name for name in models}
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    """A photograph on its side, as a telephone writes it."""
+    path = tmp_path_factory.mktemp("pictures") / "sideways.jpg"
+    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif, quality=95)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["timm", "native"])
+def test_a_run_says_what_it_saw_and_how(kind, runs, picture):
+    folder = runs[kind]
+    results = json.loads((folder / "results.json").read_text())
+    model = cn_hf.from_pretrained(folder / "checkpoint")
+    assert input_size_of(model) == tuple(results["data"]["input_size"])
+    assert label_names_of(model, 3) == list(CLASSES)
+    (image,) = open_images([picture])
+    batch = to_pixels(model, [image])
+    assert batch.shape == (1, *results["data"]["input_size"])
+    upright = image.transpose(PIL.Image.Transpose.ROTATE_270).resize(batch.shape[:1:-1], PIL.Image.Resampling.BICUBIC)
+    raw = torch.from_numpy(np.array(upright)).permute(2, 0, 1) / 255
+    shape = (3, 1, 1)
+    mean, std = (torch.tensor(results["data"][name]).view(shape) for name in ("mean", "std"))
+    torch.testing.assert_close(batch[0], (raw - mean) / std)
+
+
+@pytest.mark.slow
+def test_the_librarys_own_preprocessing_is_the_runs(runs, picture):
+    model = cn_hf.from_pretrained(runs["timm"] / "checkpoint")
+    config = timm.data.resolve_model_data_config(model)
+    image = open_images([picture])[0].convert("RGB")
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    own = timm.data.create_transform(**config, is_training=False)(upright)[None]
+    torch.testing.assert_close(own, to_pixels(model, [image]), atol=0.03, rtol=0)
+
+    model = cn_hf.from_pretrained(runs["native"] / "checkpoint")
+    processor = AutoImageProcessor.from_pretrained(runs["native"] / "checkpoint")
+    own = processor(upright, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(own, to_pixels(model, [image]), atol=0.05, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["timm", "native"])
+def test_predict(kind, runs, picture):
+    model = cn_hf.from_pretrained(runs[kind] / "checkpoint")
+    images = open_images([picture, picture])
+    found = predict(model, images, contexts=[None, "day", 1], names=["a", "b"], top=2)
+    assert [(p.image, p.context) for p in found] == [(n, c) for n in "ab" for c in (None, "day", "night")]
+    batch = to_pixels(model, images)
+    with torch.no_grad():
+        logits = model(batch, context_ids="night")
+    best, order = (logits if torch.is_tensor(logits) else logits.logits)[0].softmax(-1).topk(2)
+    assert found[2].labels == tuple(CLASSES[i] for i in order)
+    assert found[2].probabilities == pytest.approx(best.tolist())
+    lines = prediction_lines(found).splitlines()
+    assert len(lines) == 6
+    assert lines[2].startswith("a (context night): ")
+    with pytest.raises((ConfigError, ContextIdError), match="'night'"):
+        predict(model, images, contexts=["nihgt"])
+    assert predict(model, []) == []
+
+
+@pytest.mark.slow
+def test_inspect(runs):
+    told = inspect_checkpoint(runs["timm"])
+    for words in ("cn_cifar_convnet", "contexts: 2 (day, night)", "context source: column", "cn_cifar", "true contexts"):
+        assert words in told
+    count = sum(p.numel() for p in cn_hf.context_parameters(cn_hf.from_pretrained(runs["timm"] / "checkpoint")))
+    assert f"{count:,} added" in told
+    size = (runs["timm"] / "checkpoint" / "model.safetensors").stat().st_size / 1e6
+    assert f"{size:,.2f} MB" in told
+    assert "LayerNorm" in inspect_checkpoint(runs["native"] / "checkpoint")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(CheckpointError, match="no folder"):
+        inspect_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"context_norm\.json is missing"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DatasetFileError, match=r"text\.png"):
+        open_images([tmp_path / "text.png"])
+    with pytest.raises(DatasetFileError, match=r"none\.png"):
+        open_images([tmp_path / "none.png"])
+    with pytest.raises(CheckpointError, match="not the folder of a finished run"):
+        run_files(tmp_path, "me/model")
+
+
+@pytest.mark.slow
+def test_a_damaged_run_is_not_published(runs, tmp_path):
+    copy = Path(shutil.copytree(runs["timm"], tmp_path / "run"))
+    weights = copy / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated, changed"):
+        run_files(copy, "me/model")
+
+
+@pytest.mark.slow
+def test_push_publishes_what_the_dry_run_lists(runs, picture, tmp_path):
+    with HubServer() as hub:
+        code = "import sys; from cn_hf.cli import main; sys.argv = ['cn-hf', *sys.argv[1:]]; main()"
+
+        def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                check=False, cwd=tmp_path, env=hub.environment(tmp_path / "home"),
+            )  # fmt: skip
+
+        push = ("push", runs["timm"], "--repo-id", "tester/run")
+        listed = command(*push, "--dry-run")
+        assert listed.returncode == 0, listed.stderr
+        assert not [request for request in hub.requests if request[0] != "GET"]
+        pushed = command(*push, "--private")
+        assert pushed.returncode == 0, pushed.stderr
+        files = hub.files("tester/run")
+        table = listed.stdout.split("\n--- README.md ---\n")[0].splitlines()[1:-1]
+        names = {line.split()[0] for line in table}
+        assert names == set(files) - {".gitattributes"}
+        assert {"README.md", "results.json", "curves.png", "context_source/context_source.json"} <= names
+        assert files["README.md"].decode().strip() == listed.stdout.split("--- README.md ---\n")[1].strip()
+
+        seen = command("inspect", "tester/run")
+        assert "contexts: 2 (day, night)" in seen.stdout, seen.stderr
+        assert "model.safetensors, not downloaded" in seen.stdout
+        told = command("predict", "tester/run", picture, "--all-contexts", "--top", "1")
+        assert len(told.stdout.splitlines()) == 3, told.stderr
+        wrong = command("predict", "tester/run", picture, "--context", "dusk")
+        assert wrong.returncode == 1
+        assert wrong.stderr.startswith("error: unknown context 'dusk'")
