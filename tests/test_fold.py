@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import io
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from models_for_tests import (
     CASES,
     LARGE_CASES,
@@ -350,3 +352,100 @@ def test_what_cannot_be_folded() -> None:
     for mode in ("bn", "mn"):
         with pytest.raises(PatchError, match=mode):
             cn_hf.fold_context(cn_hf.patch_model(convnet(), mode, where=["bn1"]), 0)
+
+
+# ----------------------------------------------------------------------------------------- models of timm, transformers
+
+
+def check_one_context(make: Any, x: Tensor, mode: str, where: str) -> None:
+    """Fold one context of a model; quicker than ``check_fold``."""
+    model = make()
+    try:
+        cn_hf.patch_model(model, mode, where=where)
+    except PatchError as error:
+        pytest.skip(str(error))
+    tell_apart(model, 0.2)
+    folded = cn_hf.fold_context(model, 1)
+    check_plain(folded)  # first: what transformers installs in a forward does not pickle
+    with torch.no_grad():
+        expected, other = logits(model(x, context_ids=1)), logits(model(x, context_ids=0))
+        assert difference(other, expected) > 1e-4
+        assert difference(logits(folded(x)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("mode", "where"), [("cn", "norms"), ("cn-channels", "input"), ("cn-patches", "embed")])
+@pytest.mark.parametrize("name", timm.list_models("test_*"))
+def test_timms_small_models(name: str, mode: str, where: str) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return settle(timm.create_model(name, num_classes=5))
+
+    size = make().pretrained_cfg["input_size"]
+    check_one_context(make, images(2, size[-1]), mode, where)
+
+
+def _segformer() -> nn.Module:
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 16, 16, 24], "num_attention_heads": [1, 2, 2, 2]}
+    return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**sizes, decoder_hidden_size=16))
+
+
+def _swin() -> nn.Module:
+    sizes = {"patch_size": 4, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+    return transformers.SwinForImageClassification(transformers.SwinConfig(image_size=64, **sizes))
+
+
+def _convnext() -> nn.Module:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, layer_scale_init_value=0.5)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def _resnet() -> nn.Module:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    return transformers.ResNetForImageClassification(config)
+
+
+def _focalnet() -> nn.Module:
+    return transformers.FocalNetForImageClassification(transformers.FocalNetConfig(image_size=64, embed_dim=12))
+
+
+def _pvt() -> nn.Module:
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 16, 16, 24], "num_attention_heads": [1, 2, 2, 2]}
+    return transformers.PvtForImageClassification(transformers.PvtConfig(image_size=64, **sizes))
+
+
+@pytest.mark.parametrize(("mode", "where"), [("cn", "norms"), ("cn-channels", "input"), ("cn-patches", "embed")])
+@pytest.mark.parametrize("make", [_segformer, _swin, _convnext, _resnet, _focalnet], ids=lambda f: f.__name__)
+def test_models_of_transformers(make: Any, mode: str, where: str) -> None:
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return settle(make())
+
+    check_one_context(seeded, images(2, 64), mode, where)
+
+
+def test_patch_embeddings_on_maps() -> None:
+    """A convolution and a batch norm, or none; the output keeps its two axes of places."""
+    for norm in (timm.layers.BatchNormAct2d, nn.BatchNorm2d, timm.layers.LayerNorm2d, timm.layers.RmsNorm2d, None):
+        torch.manual_seed(0)
+        embed = timm.layers.PatchEmbed(16, 4, embed_dim=6, norm_layer=norm, flatten=False, output_fmt="NCHW")
+        model = settle(nn.Sequential(collections.OrderedDict(patch_embed=embed, head=nn.Conv2d(6, 2, 3, padding=1))))
+        cn_hf.patch_model(model, "cn", where="embed", context_names=NAMES)
+        assert model.patch_embed.normalizer.feature_dim == 1
+        check_fold(tell_apart(model), images())
+
+
+def test_position_embeddings_inside_a_patch_embedding_are_refused() -> None:
+    model = cn_hf.patch_model(settle(_pvt()), where="embed")
+    parts = anatomy(model)
+    with pytest.raises(PatchError, match="position embeddings"):
+        cn_hf.fold_context(model, 0)
+    assert anatomy(model) == parts
+
+
+def test_a_batch_norm_whose_eps_is_in_its_code() -> None:
+    from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), DetrFrozenBatchNorm2d(4)))
+    cn_hf.patch_model(model, "cn-channels", where=["1"], context_names=NAMES, eps=1e-7)
+    model[1].normalizer.set_statistics(torch.randn(3, 4), torch.tensor([1e-6, 1e-4, 1.0, 9.0]).expand(3, 4))
+    check_fold(model, images())

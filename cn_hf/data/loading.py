@@ -60,9 +60,9 @@ def load_splits(
     """Load a dataset and give its splits the names ``train``, ``validation`` and ``test``.
 
     Args:
-        path_or_id: A Hub id, a folder that ``datasets.load_dataset`` reads (data files, or one folder of images per
-            class), or a folder written by ``save_to_disk``.
-        name: Configuration of the dataset, where it has several.
+        path_or_id: A Hub id (``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``), a folder that ``datasets.load_dataset``
+            reads (data files, or one folder of images per class), or a folder written by ``save_to_disk``.
+        name: Configuration of the dataset, where it has several and the id does not say which.
         train_split: Which split trains; None for none. Slices such as ``"train[:10%]"`` are understood, not streaming.
         validation_split: Which split validates; None for none, or for one cut by ``validation_fraction``.
         validation_fraction: Part of the training split, in (0, 1), that becomes the validation split: drawn by
@@ -257,6 +257,11 @@ def _load(
     cache_dir: str | Path | None,
 ) -> AnySplits:
     folder = Path(path_or_id).expanduser()
+    if ":" in str(path_or_id) and not folder.exists() and not _looks_local(path_or_id):
+        path_or_id, _, own = str(path_or_id).partition(":")
+        if name not in (None, own):
+            raise ConfigError(f"{path_or_id!r} is given two configurations, {own!r} and {name!r}; give one")
+        name = own
     if folder.is_file():
         raise DatasetFileError(f"{folder} is a file; give the folder it is in: {folder.parent}")
     if not folder.is_dir() and _looks_local(path_or_id):

@@ -7,9 +7,11 @@ Shapes: batches of n samples, images (n, channels, H, W), T contexts, C classes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextSourceError
@@ -17,6 +19,7 @@ from cn_hf.evaluation.leak import mask_to_context
 from cn_hf.evaluation.networks import logits_of, network_device
 from cn_hf.evaluation.passes import Batch, Protocol
 from cn_hf.evaluation.report import RowKind
+from cn_hf.norm import ContextNorm
 from cn_hf.patching.inference import set_inference
 from cn_hf.patching.routing import router_of
 
@@ -25,6 +28,7 @@ __all__ = [
     "PAPERS_AND_OURS",
     "Scorer",
     "averaged",
+    "fixed_context",
     "leak_check",
     "plus",
     "predicted",
@@ -76,6 +80,20 @@ def true_contexts(score: Scorer, network: nn.Module) -> Protocol:
     )
 
 
+def fixed_context(score: Scorer, network: nn.Module, context: int, name: str) -> Protocol:
+    """The same context for all samples: the paper's Tables IX and X."""
+
+    def scores(batch: Batch) -> Tensor:
+        return score.known(network, dataclasses.replace(batch, context_ids=torch.full_like(batch.labels, context)))
+
+    return Protocol(
+        name=f"all as {name}",
+        kind="deployable",
+        explanation=f"every sample is told the context {name}, whatever its own; nothing need be known of it.",
+        scores=scores,
+    )
+
+
 def plus(score: Scorer, network: nn.Module, stats: str, scale: str) -> Protocol:
     """CN+ (Eq. 9) in one of its settings.
 
@@ -94,11 +112,13 @@ def plus(score: Scorer, network: nn.Module, stats: str, scale: str) -> Protocol:
         of = "the learned statistics, each sample on its own"
     factor = "outputs times sqrt(T), which training never saw" if scale == "sqrt_t" else "no factor"
     papers = " The paper's setting." if (stats, scale) == PAPERS_SETTING else ""
+    densities = any(isinstance(module, ContextNorm) for module in network.modules())
     return Protocol(
         name=f"CN+ ({stats}, {scale})",
         kind="deployable",
         explanation=f"no contexts given; all are combined by their posteriors (Eq. 9); {of}; {factor}.{papers}",
         scores=scores,
+        unavailable=None if densities else "the network has no learned densities to weigh contexts by",
     )
 
 

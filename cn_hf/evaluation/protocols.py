@@ -23,6 +23,7 @@ from cn_hf.evaluation.catalogue import (
     PAPERS_AND_OURS,
     Scorer,
     averaged,
+    fixed_context,
     leak_check,
     plus,
     predicted,
@@ -59,6 +60,8 @@ def evaluate_protocols(
     std: Sequence[float] | None = None,
     plus_settings: Sequence[tuple[str, str]] = PAPERS_AND_OURS,
     max_average_contexts: int = 100,
+    fixed_contexts: bool = False,
+    context_names: Sequence[str] | None = None,
     top_k: Sequence[int] = (1, 5),
     seed: int = 0,
     accelerator: Any = None,
@@ -83,6 +86,8 @@ def evaluate_protocols(
         std: per channel, what they were divided by.
         plus_settings: (``plus_stats``, ``plus_scale``) pairs of CN+; by default the paper's and the library's.
         max_average_contexts: with more contexts the row "average", T forwards a batch, is left out.
+        fixed_contexts: add a row for each context, in which all samples are told it.
+        context_names: of the test set's T contexts, where ``model``, which knows them, is None.
         top_k: numbers of guesses; those above C ask for all classes.
         seed: of the shuffled contexts.
         accelerator: the ``accelerate.Accelerator`` whose processes share the test set; all get the same report.
@@ -106,7 +111,7 @@ def evaluate_protocols(
     networks = ([] if network is None else [network]) + list(baselines.values())
     if not networks:
         raise ConfigError("nothing to evaluate: pass a patched model, a baseline, or both")
-    names = () if network is None else _context_names(network)
+    names = tuple(context_names or ()) if network is None else _context_names(network)
     counts = None
     if class_counts is not None:
         counts = checked_class_counts(class_counts, num_classes=num_classes, num_contexts=len(names) or None)
@@ -127,6 +132,8 @@ def evaluate_protocols(
             restored.enter_context(evaluating(used))
         if network is not None:
             protocols.append(true_contexts(score, network))
+            if fixed_contexts:
+                protocols += [fixed_context(score, network, number, name) for number, name in enumerate(names)]
             protocols += [plus(score, network, stats, scale) for stats, scale in _checked_pairs(plus_settings)]
             protocols.append(predicted(score, network, source, mean, std))
             protocols.append(averaged(score, network, max_average_contexts))

@@ -15,7 +15,7 @@ from typing import Any
 
 from cn_hf.errors import CheckpointError, ConfigError, nearest
 from cn_hf.evaluation.report import ProtocolRow
-from cn_hf.experiments.spec import Experiment
+from cn_hf.experiments.spec import Experiment, config_class
 from cn_hf.training.config import TrainingConfig
 
 __all__ = [
@@ -121,7 +121,7 @@ def plan_cells(
         for name in chosen.columns:
             column = experiment.columns[name]
             for row in experiment.trained.values():
-                config = TrainingConfig.from_dict(
+                config = config_class(experiment.trainer).from_dict(
                     {
                         **experiment.options,
                         **chosen.options,

@@ -27,6 +27,7 @@ from cn_hf.experiments.summary import (
     table_entries,
 )
 from cn_hf.files import write_whole
+from cn_hf.patching.config import CN_MODES
 
 __all__ = ["check_report", "report_title", "write_report"]
 
@@ -163,12 +164,14 @@ def _draw(folder: Path, results: Results, title: str) -> list[Path]:
             path = folder / f"{quantity}.png"
             drawn.append(plot_curves(panels, path, quantity=quantity, label=label, title=title, lines=lines))
     if "accuracies" in experiment.figures and results.finished:
-        for measure in dict.fromkeys(measure.k for measure in experiment.measures):
+        printed = {measure.k for measure in experiment.measures}
+        for measure in (measure for measure in results.shown() if measure.k in printed):
             panels_of_bars = {column.title: accuracy_bars(results, column, measure) for column in results.columns()}
-            path = folder / f"accuracies-top{measure}.png"
-            drawn.append(plot_accuracies(panels_of_bars, path, label=f"top-{measure} accuracy, %", title=title))
+            path = folder / f"accuracies-{measure.title.replace('-', '').replace(' ', '-')}.png"
+            drawn.append(plot_accuracies(panels_of_bars, path, label=f"{measure.title} accuracy, %", title=title))
     if "contexts" in experiment.figures:
-        for result in results.first_with_contexts():
+        learned = [result for result in results.first_with_contexts() if result.cell.config.mode in CN_MODES]
+        for result in learned:
             path = folder / f"contexts-{result.cell.row}-{result.cell.column}.png"
             named = f"{experiment.trained[result.cell.row].title}, {experiment.columns[result.cell.column].title}"
             drawn.append(plot_cell_contexts(result.cell, path, title=named))

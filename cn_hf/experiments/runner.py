@@ -25,6 +25,9 @@ from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, r
 from cn_hf.experiments.report import check_report, write_report
 from cn_hf.experiments.sources import check_datasets, find_datasets
 from cn_hf.experiments.spec import read_experiment
+from cn_hf.training.adamatch_config import AdaMatchConfig
+from cn_hf.training.adamatch_data import load_adamatch_data
+from cn_hf.training.adamatch_run import train_adamatch
 from cn_hf.training.classifier import train_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.sources import data_options, load_data
@@ -120,7 +123,7 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             started = time.perf_counter()
             try:
                 with _logged(cell, accelerator):
-                    train_classifier(cell.config, resume=True, data=data.of(cell.config))
+                    _train(cell.config, data.of(cell.config))
             except DivergedError as error:
                 failures[cell.name] = f"{cell.name}: {error}"
                 say(f"failed: {error}")
@@ -131,6 +134,13 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
             seconds.append(time.perf_counter() - started)
             say(f"took {_duration(seconds[-1])}")
     return failures
+
+
+def _train(config: TrainingConfig, data: PreparedData) -> None:
+    if isinstance(config, AdaMatchConfig):
+        train_adamatch(config, resume=True, data=data)
+    else:
+        train_classifier(config, resume=True, data=data)
 
 
 class _SharedData:
@@ -146,7 +156,8 @@ class _SharedData:
         options = data_options(config)
         if self._data is None or options != self._options:
             self._data = None  # two would not always fit into memory
-            self._data, self._options = load_data(config, self._accelerator), options
+            load = load_adamatch_data if isinstance(config, AdaMatchConfig) else load_data
+            self._data, self._options = load(config, self._accelerator), options
         return self._data
 
 

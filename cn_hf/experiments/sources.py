@@ -1,4 +1,4 @@
-"""The datasets of the paper's classification experiments: where they are read from, and what must be in them."""
+"""The datasets of the paper's experiments: where they are read from, and what must be in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["DATASETS", "NeededDataset", "check_datasets", "find_datasets"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NeededDataset:
-    """A dataset: its id on the Hub, and the columns of class labels that an experiment reads, with their classes."""
+    """A dataset: its id on the Hub, and the columns of class labels that an experiment reads, with their classes.
+
+    Of an id with a configuration (``OWNER/NAME:CONFIGURATION``) it is the configuration that is meant.
+    """
 
     hub_id: str
     classes: dict[str, int]
@@ -26,6 +29,7 @@ DATASETS = {
     "cifar10": NeededDataset(hub_id="uoft-cs/cifar10", classes={"label": 10}),
     "cifar100": NeededDataset(hub_id="uoft-cs/cifar100", classes={"fine_label": 100, "coarse_label": 20}),
     "mnist": NeededDataset(hub_id="ylecun/mnist", classes={"label": 10}),
+    "svhn": NeededDataset(hub_id="ufldl-stanford/svhn:cropped_digits", classes={"label": 10}),
 }
 
 
@@ -47,7 +51,8 @@ def find_datasets(names: Iterable[str], data_root: Path | None) -> dict[str, str
     if missing:
         expected = "; ".join(f"{places[name]} with {_in_words(DATASETS[name])}" for name in missing)
         commands = "; ".join(
-            f"hf download --repo-type dataset {DATASETS[name].hub_id} --local-dir {places[name]}" for name in missing
+            f"hf download --repo-type dataset {DATASETS[name].hub_id.partition(':')[0]} --local-dir {places[name]}"
+            for name in missing
         )
         raise DatasetFileError(
             f"no dataset {' and no dataset '.join(missing)} under --data-root. Expected, in a form that "

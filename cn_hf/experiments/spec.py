@@ -12,21 +12,41 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from cn_hf.errors import ConfigError, nearest
 
-__all__ = ["BUDGETS", "EXPERIMENTS", "Budget", "Column", "Experiment", "Measure", "Row", "read_experiment"]
+if TYPE_CHECKING:
+    from cn_hf.training.config import TrainingConfig
 
-EXPERIMENTS = ("table5", "table6", "table7", "table8", "fig3", "fig4")
+__all__ = [
+    "BUDGETS",
+    "EXPERIMENTS",
+    "TRAINERS",
+    "Budget",
+    "Column",
+    "Experiment",
+    "Measure",
+    "Row",
+    "config_class",
+    "read_experiment",
+]
+
+EXPERIMENTS = ("table5", "table6", "table7", "table8", "table9", "table10", "fig3", "fig4")
 BUDGETS = ("paper", "small", "smoke")
+TRAINERS = ("classifier", "adamatch")
 FIGURES = ("validation_error", "validation_loss", "accuracies", "contexts")
 
 # All else is shared, so that rows differ in their normalization alone.
 ROW_OPTIONS = ("mode", "where", "num_contexts", "norm_options", "calibrate")
 COLUMN_OPTIONS = ("learning_rate", "weight_decay", "label_column")
+# What another method's protocol may differ in, too; not reserved for columns.
+TRAINER_COLUMN_OPTIONS = {
+    "classifier": (),
+    "adamatch": ("augment", "standardize", "strong_magnitude", "alignment"),
+}
 # The runner sets these.
 RESERVED = ("dataset", "seed", "output_dir", "progress", "baseline")
 
@@ -110,6 +130,7 @@ class Experiment:
         name: "table5", ...
         title: Above its report.
         trains: The experiment whose cells it reads; its own name for a table that trains.
+        trainer: Of ``TRAINERS``: how a cell is trained.
         options: Of ``TrainingConfig``, the same for all rows.
         columns: By name.
         rows: By name, in the order of the paper's table.
@@ -124,6 +145,7 @@ class Experiment:
     name: str
     title: str
     trains: str
+    trainer: str
     options: Mapping[str, Any]
     columns: Mapping[str, Column]
     rows: Mapping[str, Row]
@@ -143,6 +165,17 @@ class Experiment:
         if name not in self.budgets:
             raise ConfigError(f"unknown budget {name!r}; {nearest(name, self.budgets)}")
         return self.budgets[name]
+
+
+def config_class(trainer: str) -> type[TrainingConfig]:
+    """The class of a cell's config."""
+    if trainer == "adamatch":
+        from cn_hf.training.adamatch_config import AdaMatchConfig
+
+        return AdaMatchConfig
+    from cn_hf.training.config import TrainingConfig
+
+    return TrainingConfig
 
 
 def read_experiment(name: str, folder: Path | None = None) -> Experiment:
@@ -244,7 +277,10 @@ def _load(file: Path) -> _Content:
 
 
 def _trained(name: str, content: _Content) -> Experiment:
-    columns = {key: _column(key, part) for key, part in content.parts("columns").items()}
+    trainer = content.take("trainer", str, TRAINERS[0])
+    if trainer not in TRAINERS:
+        raise content.error("trainer", f"is {trainer!r}; {nearest(trainer, TRAINERS)}")
+    columns = {key: _column(key, part, trainer) for key, part in content.parts("columns").items()}
     measures = _measures(content)
     parts = content.parts("rows")
     own = [key for key, part in parts.items() if "of" not in part.values]
@@ -253,13 +289,14 @@ def _trained(name: str, content: _Content) -> Experiment:
         name=name,
         title=content.take("title", str),
         trains=name,
-        options=content.options(_config_fields()),
+        trainer=trainer,
+        options=content.options(_config_fields(trainer)),
         columns=columns,
         rows=rows,
         trained={key: rows[key] for key in own},
         measures=measures,
         baseline=_one_of(content, "baseline", own),
-        budgets=_budgets(content, columns),
+        budgets=_budgets(content, columns, trainer),
         figures=content.names("figures", FIGURES),
         differences=content.names("differences"),
     )
@@ -287,12 +324,12 @@ def _derived(name: str, content: _Content, source: Experiment) -> Experiment:
     return experiment
 
 
-def _column(name: str, content: _Content) -> Column:
+def _column(name: str, content: _Content, trainer: str) -> Column:
     column = Column(
         name=name,
         title=content.take("title", str),
         datasets=content.names("datasets"),
-        options=content.options(COLUMN_OPTIONS),
+        options=content.options((*COLUMN_OPTIONS, *TRAINER_COLUMN_OPTIONS[trainer])),
     )
     content.finish()
     return column
@@ -338,9 +375,9 @@ def _row(
     return row
 
 
-def _budgets(content: _Content, columns: Mapping[str, Column]) -> dict[str, Budget]:
+def _budgets(content: _Content, columns: Mapping[str, Column], trainer: str) -> dict[str, Budget]:
     budgets = {}
-    fields = _config_fields()
+    fields = _config_fields(trainer)
     for name, part in content.parts("budgets").items():
         budgets[name] = Budget(
             name=name,
@@ -366,8 +403,6 @@ def _one_of(content: _Content, key: str, known: Iterable[str]) -> str:
     return value
 
 
-def _config_fields() -> list[str]:
-    from cn_hf.training.config import TrainingConfig
-
+def _config_fields(trainer: str) -> list[str]:
     reserved = {*RESERVED, *ROW_OPTIONS, *COLUMN_OPTIONS}
-    return [field.name for field in dataclasses.fields(TrainingConfig) if field.name not in reserved]
+    return [field.name for field in dataclasses.fields(config_class(trainer)) if field.name not in reserved]

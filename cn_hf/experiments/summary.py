@@ -12,11 +12,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cn_hf.evaluation.report import ProtocolRow
+from cn_hf.evaluation.report import ProtocolRow, standard_error
 from cn_hf.evaluation.tables import ResultRow, comparison_table, format_runs, markdown_table
 from cn_hf.experiments.cells import Cell, CellResult, protocol_name
 from cn_hf.experiments.figures import Bar, Epochs
-from cn_hf.experiments.spec import Budget, Column, Experiment, Row
+from cn_hf.experiments.spec import Budget, Column, Experiment, Measure, Row
 
 __all__ = [
     "Results",
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 WITH_CONTEXTS, FLOOR, MASKED = "true contexts", "context-only floor", "masked baseline"
+TOP_1 = Measure(title="top-1", k=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,17 @@ class Results:
             for row in self.experiment.trained.values()
             if any(found.row().kind == WITH_CONTEXTS for found in self.of(row, column))
         ]
+
+    def shown(self) -> list[Measure]:
+        """What is shown of every way to use a network: the table's measures where each is of one context, else top-k.
+
+        The contexts' test images may be of very different numbers, and an accuracy over all of them says little then.
+        """
+        measures = self.experiment.measures
+        if measures and all(measure.context is not None for measure in measures):
+            return list(measures)
+        ks = sorted({k for result in self.finished for row in result.rows for k in row.correct})
+        return [Measure(title=f"top-{k}", k=k) for k in ks]
 
     def curves(self, column: Column) -> dict[str, dict[int, Epochs]]:
         """By title of the trained row the epochs of every seed, also of cells that were stopped or diverged."""
@@ -148,14 +160,12 @@ def honest_tables(results: Results) -> list[str]:
     tables = []
     for column in results.columns():
         ways = _ways(results, column)
-        ks = sorted({k for _, rows in ways for row in rows for k in row.correct})
-        lines = [[name, *(format_runs(_percent(rows, k)) for k in ks)] for name, rows in ways]
-        samples = ways[0][1][0].num_samples
+        shown = results.shown()
+        lines = [[name, *(format_runs(_percent(rows, m.k, m.context)) for m in shown)] for name, rows in ways]
         text = [
             f"### {column.title}",
-            markdown_table(["network: protocol", *(f"top-{k}, %" for k in ks)], lines),
-            f"{samples:,} test images: the choice of these alone leaves a standard error of up to "
-            f"{50 / math.sqrt(samples):.2f} points.",
+            markdown_table(["network: protocol", *(f"{measure.title}, %" for measure in shown)], lines),
+            *_test_images(ways[0][1][0], shown),
         ]
         missing = {protocol_name(rows[0]): rows[0].unavailable for _, rows in ways if not rows[0].available}
         text += [f"Not available: {name}, since {reason}" for name, reason in missing.items()]
@@ -166,12 +176,28 @@ def honest_tables(results: Results) -> list[str]:
     return [*tables, "\n".join(f"- {name}: {explanation}" for name, explanation in explained.items())]
 
 
-def accuracy_bars(results: Results, column: Column, k: int) -> list[Bar]:
+def _test_images(row: ProtocolRow, shown: Sequence[Measure]) -> list[str]:
+    """How many test images there are, and how sure that lets anyone be."""
+    counts = {
+        "" if m.context is None else f" of {m.context}": row.num_samples
+        if m.context is None
+        else row.context_samples.get(m.context, 0)
+        for m in shown
+    }
+    return [
+        f"{count:,} test images{of}: the choice of these alone leaves a standard error of up to "
+        f"{50 / math.sqrt(count):.2f} points."
+        for of, count in counts.items()
+        if count
+    ]
+
+
+def accuracy_bars(results: Results, column: Column, measure: Measure) -> list[Bar]:
     """The same numbers as bars."""
     return [
         Bar(name=name, kind=rows[0].kind, values=values)
         for name, rows in _ways(results, column)
-        if (values := _percent([row for row in rows if k in row.correct], k))
+        if (values := _percent([row for row in rows if measure.k in row.correct], measure.k, measure.context))
     ]
 
 
@@ -202,8 +228,14 @@ def sentences(results: Results) -> list[str]:
         first = next(result for result in results.finished if result.cell.column == column.name)
         said += [f"{column.title}: {leak}" for leak in first.findings[:1]]
         for row in results.rows_with_contexts(column):
-            if baseline is not None:
-                said.append(f"{column.title}: {_against_masked(results, row, baseline, column)}")
+            if baseline is None:
+                continue
+            masked = [found.row(MASKED).available for found in results.of(baseline, column)]
+            if all(masked):
+                against = [_against_masked(results, row, baseline, column)]
+            else:  # labels of some contexts are not known, so that nothing can be masked
+                against = [_against_untold(results, row, baseline, column, measure) for measure in results.shown()]
+            said += [f"{column.title}: {sentence}" for sentence in against]
     return said
 
 
@@ -213,32 +245,59 @@ def _against_masked(results: Results, row: Row, baseline: Row, column: Column) -
     pairs = [(found.row(), masked[found.cell.seed]) for found in results.of(row, column) if found.cell.seed in masked]
     if not pairs:
         return f"Whether {row.title} beats the masked {baseline.title} is not known: not both are finished."
-    difference, error = masked_difference(pairs)
-    ours, theirs = (statistics.fmean(_percent(rows, 1)) for rows in zip(*pairs, strict=True))
+    verdict, numbers = _compared(pairs, TOP_1)
+    return (
+        f"{row.title} with true contexts {verdict} the masked {baseline.title}, which is told the same contexts: top-1 "
+        f"{numbers}."
+    )
+
+
+def _against_untold(results: Results, row: Row, baseline: Row, column: Column, measure: Measure) -> str:
+    """One sentence: whether a row with contexts beats the baseline, which is told none."""
+    untold = {found.cell.seed: found.row() for found in results.of(baseline, column)}
+    pairs = [(found.row(), untold[found.cell.seed]) for found in results.of(row, column) if found.cell.seed in untold]
+    if not pairs:
+        return f"Whether {row.title} beats {baseline.title} is not known: not both are finished."
+    verdict, numbers = _compared(pairs, measure)
+    return f"{row.title} with true contexts {verdict} {baseline.title}, which is told none: {measure.title} {numbers}."
+
+
+def _compared(pairs: Sequence[tuple[ProtocolRow, ProtocolRow]], measure: Measure) -> tuple[str, str]:
+    """A verdict, and the numbers that it rests on."""
+    difference, error = masked_difference(pairs, measure)
+    ours, theirs = (statistics.fmean(_percent(rows, measure.k, measure.context)) for rows in zip(*pairs, strict=True))
     if abs(difference) <= 2 * error:
         verdict = "cannot be told apart from"
     else:
         verdict = "beats" if difference > 0 else "does not beat"
-    return (
-        f"{row.title} with true contexts {verdict} the masked {baseline.title}, which is told the same contexts: top-1 "
+    return verdict, (
         f"{ours:.2f} % against {theirs:.2f} %, {difference:+.2f} ± {error:.2f} points (standard error, "
-        f"{pairs[0][0].num_samples:,} test images, n = {len(pairs)})."
+        f"{_right(pairs[0][0], measure)[1]:,} test images, n = {len(pairs)})"
     )
 
 
-def masked_difference(pairs: Sequence[tuple[ProtocolRow, ProtocolRow]]) -> tuple[float, float]:
-    """Mean difference of two protocols' top-1 accuracies over seeds, and its standard error, in points.
+def _right(row: ProtocolRow, measure: Measure) -> tuple[int, int]:
+    """Test images that are right by a measure, and all that it is over."""
+    if measure.context is None:
+        return row.correct[measure.k], row.num_samples
+    return row.context_correct[measure.k][measure.context], row.context_samples[measure.context]
+
+
+def masked_difference(
+    pairs: Sequence[tuple[ProtocolRow, ProtocolRow]], measure: Measure = TOP_1
+) -> tuple[float, float]:
+    """Mean difference of two protocols' accuracies over seeds, and its standard error, in points.
 
     The error has two parts: the choice of the test images, which all seeds share (binomial, as if the two had met
     different images, which overstates it), and the seeds.
 
     Args:
         pairs: For each seed the two rows.
+        measure: Which accuracy.
     """
-    differences = [
-        100 * (one.correct[1] / one.num_samples - other.correct[1] / other.num_samples) for one, other in pairs
-    ]
-    images = statistics.fmean(sum((100 * (row.standard_error(1) or 0.0)) ** 2 for row in pair) for pair in pairs)
+    counts = [[_right(row, measure) for row in pair] for pair in pairs]
+    differences = [100 * (one[0] / one[1] - other[0] / other[1]) for one, other in counts]
+    images = statistics.fmean(sum((100 * standard_error(*count)) ** 2 for count in pair) for pair in counts)
     seeds = statistics.variance(differences) / len(differences) if len(differences) > 1 else 0.0
     return statistics.fmean(differences), math.sqrt(images + seeds)
 

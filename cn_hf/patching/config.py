@@ -10,10 +10,11 @@ from typing import Any
 from cn_hf.errors import ConfigError, nearest
 from cn_hf.norm.choices import CHOICES, check_choice
 
-__all__ = ["BASELINES", "MODES", "ContextNormConfig"]
+__all__ = ["BASELINES", "CN_MODES", "MODES", "ContextNormConfig"]
 
 BASELINES = ("bn", "mn")
-MODES = ("cn-patches", "cn-channels", "cn", *BASELINES)
+CN_MODES = ("cn-patches", "cn-channels", "cn")
+MODES = (*CN_MODES, "dsbn", *BASELINES)  # all but the baselines are told contexts
 INFERENCE = (*CHOICES["inference"], "predict", "average")
 
 
@@ -23,7 +24,7 @@ class ContextNormConfig:
 
     Attributes:
         mode: ``"cn-patches"`` (norms over the last axis of tokens), ``"cn-channels"`` (norms over axis 1 of NCHW maps),
-            ``"cn"`` (both), or a baseline: ``"bn"``, ``"mn"``.
+            ``"cn"`` (both), ``"dsbn"`` (a batch norm for each context), or a baseline: ``"bn"``, ``"mn"``.
         num_contexts: number of contexts T; number of components K for ``"mn"``.
         context_names: one name a context, or None.
         where: ``"norms"``, ``"paper"``, ``"input"``, ``"embed"``, module-name patterns, or None (see ``patch_model``).
@@ -38,7 +39,8 @@ class ContextNormConfig:
         inference: evaluation without ids: ``"cn+"``, ``"cn"`` (an error), ``"predict"`` or ``"average"``.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
-        momentum: of the running statistics of ``"bn"`` and ``"mn"``.
+        sparse: sparse gradients for what has a row a context (see ``ContextNorm``): for many contexts.
+        momentum: of the running statistics of ``"bn"``, ``"mn"`` and ``"dsbn"``.
         em_iterations: EM iterations a training step of ``"mn"``.
         em_vectors: EM of ``"mn"`` sees at most about this many vectors of a batch.
     """
@@ -57,6 +59,7 @@ class ContextNormConfig:
     inference: str = "cn+"
     plus_stats: str = "learned"
     plus_scale: str = "none"
+    sparse: bool = False
     momentum: float = 0.1
     em_iterations: int = 2
     em_vectors: int = 8192
@@ -73,7 +76,7 @@ class ContextNormConfig:
             check_choice(option, getattr(self, option))
         for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):
             self._check_integer(option, least)
-        for option in ("affine", "keep_statistics"):
+        for option in ("affine", "keep_statistics", "sparse"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} must be true or false, received {getattr(self, option)!r}.")
         if self.context_names is not None:

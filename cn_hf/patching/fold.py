@@ -37,7 +37,8 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
 
     Raises:
         ContextIdError: there is no such context.
-        PatchError: the model is not patched, or with a baseline.
+        PatchError: the model is not patched, or with a baseline; or it was patched at a patch embedding that adds
+            position embeddings itself.
     """
     router = router_of(model)
     slots = named_slots(model)
@@ -49,19 +50,19 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
     unpatch_model(folded)
     folder = _Folder(folded)
     with torch.no_grad():
-        for name, role, kept, norm_eps, scale, offset in plans:
+        for name, role, kept, norm_eps, maps, scale, offset in plans:
             module = folded.get_submodule(name)
             if role == "input":
                 folder.input(module, scale, offset)
             elif role == "output":
-                folder.output(module, scale, offset)
+                folder.output(module, scale, offset, maps)
             else:
-                folder.norm(module, scale, offset, kept, norm_eps)
+                folder.norm(module, scale, offset, maps, kept, norm_eps)
     return folded.eval()
 
 
-def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, Tensor, Tensor]:
-    """Role, whether the norm's own standardisation stays, eps, and the context's affine map."""
+def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, bool, Tensor, Tensor]:
+    """Role, whether the norm's own standardisation stays, eps, whether on maps, and the context's affine map."""
     norm = cast(ContextNorm, slot.normalizer)
     with torch.no_grad():
         mean, var = (row[0].double() for row in norm.rows(ids))
@@ -69,7 +70,8 @@ def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, Tensor, Tensor]:
         if norm.weight is not None:
             scale = scale * norm.weight.double()
         offset = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
-    return slot.recipe[1][0], getattr(slot, "keep_statistics", True), norm.eps, scale, offset
+    kept = getattr(slot, "keep_statistics", True)
+    return slot.recipe[1][0], kept, norm.eps, norm.feature_dim == 1, scale, offset
 
 
 class _Folder:
@@ -81,28 +83,31 @@ class _Folder:
 
     # ----------------------------------------------------------------------------------------------------------- norms
 
-    def norm(self, norm: Any, scale: Tensor, offset: Tensor, kept: bool, eps: float) -> None:
+    def norm(self, norm: Any, scale: Tensor, offset: Tensor, maps: bool, kept: bool, eps: float) -> None:
         """A norm layer: into its statistics, into its affine map, or an affine map after it."""
         entry = NORMS[qualified_name(type(norm))]
         if entry.standardize is None:
-            norm.eps = eps
             norm.running_mean.copy_(-offset / scale)
-            norm.running_var.copy_((scale.square().reciprocal() - eps).clamp_min(0))
+            if hasattr(norm, "eps"):
+                norm.eps = eps
+                norm.running_var.copy_((scale.square().reciprocal() - eps).clamp_min(0))
+            else:  # a frozen batch norm with an eps in its code
+                norm.running_var.fill_(1 - entry.eps(norm))
+                self._set(norm, "weight", norm.weight.double() * scale)
             return
         if getattr(norm, "weight", None) is not None:
             scale, offset = scale * norm.weight.double(), offset * norm.weight.double()
         if getattr(norm, "bias", None) is not None:
             offset = offset + norm.bias.double()
-        if kept and isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+        if kept and isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):  # fused or not: the activation comes after
             self._set(norm, "weight", scale)
             self._set(norm, "bias", offset)
             return
         dims = {"InstanceNorm1d": 3, "InstanceNorm3d": 5}.get(type(norm).__name__, 4)
-        maps = entry.feature_dim == 1
-        after = self._batch_norm(dims, scale, offset) if maps else self._affine(scale, offset)
-        rest = [norm.drop, norm.act] if entry.fused else []
+        after = self._affine_map(dims if maps else 2, scale, offset)
+        fused = [norm._modules[name] for name in ("drop", "act", "activation") if entry.fused and name in norm._modules]
         first = [_without_affine(norm, entry.fused)] if kept else []
-        self._replace(norm, nn.Sequential(*first, after, *rest))
+        self._replace(norm, nn.Sequential(*first, after, *fused))
 
     # ------------------------------------------------------------------------------------------- inputs and embeddings
 
@@ -123,23 +128,25 @@ class _Folder:
             self._set_linear(module, weight * scale[channels].reshape(shape), shift)
             return
         dims = module.weight.dim()
-        before = self._affine(scale, offset) if dims == 2 else self._batch_norm(dims, scale, offset)
-        self._replace(module, nn.Sequential(before, module))
+        self._replace(module, nn.Sequential(self._affine_map(dims, scale, offset), module))
 
-    def output(self, module: Any, scale: Tensor, offset: Tensor) -> None:
+    def output(self, module: Any, scale: Tensor, offset: Tensor, maps: bool) -> None:
         """A patch embedding whose output is normalised: into its norm or its projection, or an affine map after it."""
-        norm = getattr(module, "norm", None)
-        if norm is not None and not isinstance(norm, nn.Identity):
-            if isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
-                self._scale_after(norm, scale, offset)
-            else:
-                module.norm = nn.Sequential(norm, self._affine(scale, offset))
-            return
-        projection: Any = getattr(module, "proj", None) or getattr(module, "projection", None)
-        if type(projection) in (nn.Conv2d, nn.Linear):
-            self._scale_after(projection, scale, offset)
-            return
-        self._replace(module, nn.Sequential(module, self._affine(scale, offset)))
+        if module._parameters or any(isinstance(child, nn.Embedding) for child in module.children()):
+            raise PatchError(
+                f"{type(module).__name__} adds position embeddings to its patches itself, so what follows them cannot "
+                "be folded into its weights; patch where='norms' instead."
+            )
+        dims = 4 if maps else 2
+        names = ("norm", "layer_norm", "layernorm", "proj", "projection")
+        layers = {name: module._modules[name] for name in names if module._modules.get(name) is not None}
+        name, last = next((item for item in layers.items() if not isinstance(item[1], nn.Identity)), ("", module))
+        if type(last) in (nn.Conv2d, nn.Linear) or _ends_in_affine(last):
+            self._scale_after(last, scale, offset)
+        elif name.endswith("norm"):
+            setattr(module, name, nn.Sequential(last, self._affine_map(dims, scale, offset)))
+        else:
+            self._replace(module, nn.Sequential(module, self._affine_map(dims, scale, offset)))
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
@@ -164,21 +171,21 @@ class _Folder:
         self._set(module, "bias", shift if module.bias is None else module.bias.double() + shift)
         self._set(module, "weight", weight)
 
-    def _batch_norm(self, dims: int, scale: Tensor, offset: Tensor) -> nn.Module:
+    def _affine_map(self, dims: int, scale: Tensor, offset: Tensor) -> nn.Module:
+        """``x * scale + offset`` for maps of ``dims`` axes, features in axis 1; for tokens of any with ``dims=2``."""
+        if dims == 2:
+            from timm.models.mlp_mixer import Affine
+
+            affine = Affine(len(scale)).to(self.like)
+            affine.alpha.data.copy_(scale.view_as(affine.alpha))
+            affine.beta.data.copy_(offset.view_as(affine.beta))
+            return cast(nn.Module, affine)
         kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims]
         norm = kind(len(scale), device=self.like.device, dtype=self.like.dtype)
         cast(Tensor, norm.running_var).fill_(1 - norm.eps)
         self._set(norm, "weight", scale)
         self._set(norm, "bias", offset)
         return norm.eval()
-
-    def _affine(self, scale: Tensor, offset: Tensor) -> nn.Module:
-        from timm.models.mlp_mixer import Affine
-
-        affine = Affine(len(scale)).to(self.like)
-        affine.alpha.data.copy_(scale.view_as(affine.alpha))
-        affine.beta.data.copy_(offset.view_as(affine.beta))
-        return cast(nn.Module, affine)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put ``new`` in every place that held ``old``."""
@@ -188,11 +195,19 @@ class _Folder:
                     parent._modules[name] = new
 
 
+def _ends_in_affine(norm: nn.Module) -> bool:
+    entry = NORMS.get(qualified_name(type(norm)))
+    has_bias = isinstance(norm, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+    return entry is not None and not entry.fused and has_bias
+
+
 def _without_affine(norm: nn.Module, fused: bool) -> nn.Module:
     plain = copy.deepcopy(norm)
-    for name in ("weight", "bias"):
-        if plain._parameters.get(name) is not None:
-            plain._parameters[name] = None
-    if fused:
-        plain.drop, plain.act = nn.Identity(), nn.Identity()
+    for name, value in (("weight", 1.0), ("bias", 0.0)):
+        old = plain._parameters.get(name)
+        if old is not None:
+            plain._parameters[name] = nn.Parameter(torch.full_like(old, value), requires_grad=False)
+    for name in ("drop", "act", "activation"):
+        if fused and name in plain._modules:
+            plain._modules[name] = nn.Identity()
     return plain

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import CnHfError, ConfigError, InputTypeError, PatchError
-from cn_hf.norm import ContextNorm, FeatureBatchNorm, MixtureNorm
-from cn_hf.patching.config import BASELINES, ContextNormConfig
+from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
 from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_targets
@@ -40,7 +40,8 @@ def patch_model(
 
     Args:
         model: a timm, transformers or any other module, not wrapped and not compiled yet.
-        mode: ``"cn-patches"`` (the default), ``"cn-channels"``, ``"cn"`` (both), or a baseline, ``"bn"`` or ``"mn"``.
+        mode: ``"cn-patches"`` (the default), ``"cn-channels"``, ``"cn"`` (both), ``"dsbn"`` (a batch norm for each
+            context), or a baseline, ``"bn"`` or ``"mn"``.
         num_contexts: number of contexts (components for ``"mn"``); 3, the paper's K, by default.
         where: ``"norms"``, every norm layer of the mode's kind; ``"paper"``, the paper's placement; ``"input"``;
             ``"embed"``; module-name patterns (full name, suffix or regular expression); None for ``"norms"`` where the
@@ -80,7 +81,7 @@ def patch_model(
         raise
     apply_inference(model, config)
     _set_fast_paths(model)
-    if unseen and config.mode not in BASELINES:
+    if unseen and config.mode in CN_MODES:
         warnings.warn(
             f"{len(unseen)} batch norms (first: {unseen[0]}) never saw data, so their contexts start from mean 0 and "
             "variance 1; call calibrate(model, batches) before training.",
@@ -165,8 +166,7 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dty
 
 
 def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfig) -> nn.Module:
-    own_eps = getattr(target.module, "eps", None) if target.role == "norm" else 1e-5
-    own_eps = 1e-6 if own_eps is None else float(own_eps)
+    own_eps = NORMS[qualified_name(type(target.module))].eps(target.module) if target.role == "norm" else 1e-5
     eps = own_eps if config.eps is None else config.eps
     device, dtype = _place(model, target.module)
     common: dict[str, Any] = {
@@ -189,6 +189,9 @@ def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfi
                 **common,
             )
         _check_stored_eps(target, own_eps, eps, config)
+        if config.mode == "dsbn":
+            common["affine"] = True
+            return DomainBatchNorm(target.num_features, config.num_contexts, momentum=config.momentum, **common)
         return ContextNorm(
             target.num_features,
             config.num_contexts,
@@ -225,8 +228,10 @@ def _install(target: Target, normalizer: nn.Module, router: ContextRouter, confi
     swap_class(module, slot_class(target.role, type(module)))
     module.add_module("normalizer", normalizer)
     module.router = router  # type: ignore[assignment]  # the attribute of a slot
+    if target.near_sequence_first:
+        module.near_sequence_first = True  # type: ignore[assignment]
     if target.role == "norm" and not is_stored:
-        module.keep_statistics = config.keep_statistics and config.mode not in BASELINES  # type: ignore[assignment]
+        module.keep_statistics = config.keep_statistics and config.mode in CN_MODES  # type: ignore[assignment]
     if is_stored and config.init == "identity":
         cast(Slot, module).reset_normalizer()
 
@@ -270,7 +275,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 def restore_slot(slot: Slot) -> nn.Module:
     """Make a slot the module it was."""
     module = cast(nn.Module, slot)
-    for attribute in ("normalizer", "router", "keep_statistics"):
+    for attribute in ("normalizer", "router", "keep_statistics", "near_sequence_first"):
         if attribute in module.__dict__ or attribute in module._modules:
             delattr(module, attribute)
     swap_class(module, slot.original_class)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,9 +19,11 @@ from cn_hf.patching.convert import NORMS, REFUSED, NormEntry, qualified_name
 
 __all__ = ["Target", "find_targets"]
 
+NORM_BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 KEYWORDS = ("norms", "paper", "input", "embed")
-FEATURE_DIMS = {"cn-patches": (-1,), "cn-channels": (1,), "cn": (1, -1), "bn": (1, -1), "mn": (1, -1)}
+FEATURE_DIMS = {"cn-patches": (-1,), "cn-channels": (1,), "cn": (1, -1), "bn": (1, -1), "mn": (1, -1), "dsbn": (1, -1)}
+BATCH_NORMS = (*BASELINES, "dsbn")  # modes whose norm slots are batch norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Target:
     role: str  # "norm", "input" or "output"
     num_features: int
     feature_dim: int
+    near_sequence_first: bool = False  # attention below the module's parent takes (L, N, C)
 
 
 def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
@@ -56,7 +59,14 @@ def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
     if where not in KEYWORDS:
         return _by_pattern(model, config.mode, (where,))
     if where == "paper":
-        where = {"cn-patches": "embed", "cn-channels": "input", "bn": "input", "cn": "both", "mn": "third"}[config.mode]
+        where = {
+            "cn-patches": "embed",
+            "cn-channels": "input",
+            "bn": "input",
+            "cn": "both",
+            "mn": "third",
+            "dsbn": "norms",
+        }[config.mode]
     if where == "third":
         return _third_batch_norm(model)
     if where == "both":
@@ -74,17 +84,32 @@ def _entry(module: nn.Module) -> NormEntry | None:
 
 
 def _norms(model: nn.Module, mode: str) -> list[Target]:
-    """Norms of the mode's kind; the baselines mean batch norms only."""
+    """Norms of the mode's kind; dsbn and the baselines mean batch norms only."""
     targets = []
+    sequence_first = _near_sequence_first(model)
+    parts = {
+        id(part) for whole in model.modules() if qualified_name(type(whole)) in REFUSED for part in whole.modules()
+    }
     for name, module in model.named_modules():
         entry = _entry(module)
-        if entry is None or entry.feature_dim not in FEATURE_DIMS[mode]:
+        if entry is None or entry.axis(module) not in FEATURE_DIMS[mode] or id(module) in parts:
             continue
-        if mode in BASELINES and entry.standardize is not None:
+        if mode in BATCH_NORMS and entry.standardize is not None:
             continue
         if entry.refusal(module) is None:
-            targets.append(Target(name, module, "norm", entry.num_features(module), entry.feature_dim))
+            near = name.rpartition(".")[0] in sequence_first
+            targets.append(Target(name, module, "norm", entry.num_features(module), entry.axis(module), near))
     return targets
+
+
+def _near_sequence_first(model: nn.Module) -> set[str]:
+    """Names of all modules that hold, somewhere below, attention with ``batch_first=False``."""
+    near = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            parts = name.split(".")
+            near |= {".".join(parts[:depth]) for depth in range(len(parts))}
+    return near
 
 
 def _all_norms(model: nn.Module, mode: str) -> list[Target]:
@@ -95,7 +120,7 @@ def _all_norms(model: nn.Module, mode: str) -> list[Target]:
         words += f"; and {len(left_out) - 5} more"
     if not targets:
         kinds = {1: "maps (NCHW)", -1: "tokens (features last)"}
-        kind = "batch norms" if mode in BASELINES else " or ".join(kinds[dim] for dim in FEATURE_DIMS[mode])
+        kind = "batch norms" if mode in BATCH_NORMS else " or ".join(kinds[dim] for dim in FEATURE_DIMS[mode])
         raise PatchError(
             f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}). "
             f"{words or _inventory(model)}"
@@ -111,13 +136,21 @@ def _left_out(model: nn.Module, mode: str) -> list[tuple[str, str]]:
         key, entry = qualified_name(type(module)), _entry(module)
         if key in REFUSED:
             left_out.append((name, f"{type(module).__name__}, {REFUSED[key]}"))
-        elif entry is not None and entry.feature_dim in FEATURE_DIMS[mode]:
+        elif entry is not None and entry.axis(module) in FEATURE_DIMS[mode]:
             reason = entry.refusal(module)
             if reason is not None:
                 left_out.append((name, f"{type(module).__name__}, {reason}"))
-        elif entry is None and type(module).__name__.endswith("Norm") and not list(module.children()):
+        elif entry is None and is_norm_like(module):
             left_out.append((name, f"{key} is not a norm class cn_hf knows"))
     return left_out
+
+
+def is_norm_like(module: nn.Module) -> bool:
+    """Whether a module looks like a norm layer: torch's bases, or a name with "norm" over no layer of its own."""
+    if isinstance(module, NORM_BASES):
+        return True
+    own = not any(True for child in module.children() for _ in child.parameters())
+    return "norm" in type(module).__name__.lower() and own and not isinstance(module, (nn.Identity, nn.ModuleList))
 
 
 def _inventory(model: nn.Module) -> str:
@@ -142,7 +175,8 @@ def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Ta
         for name in norms:
             meant.setdefault(id(modules[name]), (name, modules[name]))
     order = {id(module): index for index, module in enumerate(model.modules())}
-    return [_named_norm(*meant[key], mode) for key in sorted(meant, key=order.__getitem__)]
+    sequence_first = _near_sequence_first(model)
+    return [_named_norm(*meant[key], mode, sequence_first) for key in sorted(meant, key=order.__getitem__)]
 
 
 def _describe(modules: dict[str, nn.Module], names: list[str]) -> str:
@@ -161,18 +195,20 @@ def _matches(name: str, pattern: str) -> bool:
         return False
 
 
-def _named_norm(name: str, module: nn.Module, mode: str) -> Target:
+def _named_norm(name: str, module: nn.Module, mode: str, sequence_first: Collection[str] = ()) -> Target:
     entry = NORMS[qualified_name(type(module))]
     reason = entry.refusal(module)
     if reason is not None:
         raise PatchError(f"{name} ({type(module).__name__}) cannot be swapped: {reason}.")
-    if entry.feature_dim not in FEATURE_DIMS[mode]:
-        other = "cn-channels" if entry.feature_dim == 1 else "cn-patches"
+    axis = entry.axis(module)
+    if axis not in FEATURE_DIMS[mode]:
+        other = "cn-channels" if axis == 1 else "cn-patches"
         raise PatchError(
-            f"{name} ({type(module).__name__}) has its features along axis {entry.feature_dim}, which mode={mode!r} "
+            f"{name} ({type(module).__name__}) has its features along axis {axis}, which mode={mode!r} "
             f"does not mean; use mode={other!r} or mode='cn'."
         )
-    return Target(name, module, "norm", entry.num_features(module), entry.feature_dim)
+    near = name.rpartition(".")[0] in sequence_first
+    return Target(name, module, "norm", entry.num_features(module), axis, near)
 
 
 def _third_batch_norm(model: nn.Module) -> list[Target]:
@@ -199,12 +235,11 @@ def _input(model: nn.Module, mode: str) -> list[Target]:
     modules = dict(model.named_modules())
     found = [(name, module) for name in _first_names(model) if (module := _first_layer(modules.get(name))) is not None]
     if not found:
-        layers = (nn.MultiheadAttention, *LAYERS)
+        layers = (nn.MultiheadAttention, nn.Embedding, *LAYERS)
         found = [item for item in modules.items() if isinstance(item[1], layers)][:1]
-        if found and isinstance(found[0][1], nn.MultiheadAttention):
-            raise PatchError(
-                f"The input of {type(model).__name__} goes into attention ({found[0][0]}); name norm layers."
-            )
+        if found and not isinstance(found[0][1], LAYERS):
+            kind = "an embedding of ids" if isinstance(found[0][1], nn.Embedding) else "attention"
+            raise PatchError(f"The input of {type(model).__name__} goes into {kind} ({found[0][0]}); name norm layers.")
     if not found:
         raise PatchError(f"{type(model).__name__} has no convolution or linear layer that could receive an input.")
     names = {id(module): name for name, module in modules.items()}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cn_hf.norm import FeatureBatchNorm, MixtureNorm
+from cn_hf.norm import DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.synchronized import several_processes, synchronized_forward
 from cn_hf.patching.convert import StoredNormSlot, qualified_name
 from cn_hf.patching.routing import swap_class
@@ -113,7 +113,7 @@ def _definer_of_forward(base: type) -> str:
 
 def _is_foreign_or_done(module: nn.Module) -> bool:
     """Whether the module is no batch norm, has fixed statistics, or is synchronised already."""
-    if isinstance(module, (Synchronized, FeatureBatchNorm, MixtureNorm, StoredNormSlot)):
+    if isinstance(module, (Synchronized, DomainBatchNorm, FeatureBatchNorm, MixtureNorm, StoredNormSlot)):
         return True
     if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
         return True  # synchronised within the group its maker chose

@@ -1,10 +1,15 @@
-"""A whole run: data, contexts, network, training and honest evaluation. What it leaves behind is in ``results.py``."""
+"""A whole run: data, contexts, network, training and honest evaluation. What it leaves behind is in ``results.py``.
+
+What differs between methods that train a classifier is a ``Recipe``.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +22,14 @@ import cn_hf
 from cn_hf.data import Batches, PreparedData
 from cn_hf.errors import ConfigError, TrainingError
 from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
-from cn_hf.patching.config import BASELINES, ContextNormConfig
+from cn_hf.patching.config import BASELINES, CN_MODES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import ContextSourceLike, RoutedModel
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import check_network_name, create_network
+from cn_hf.training.objective import Objective
 from cn_hf.training.preview import preview
 from cn_hf.training.results import (
     ClassifierRun,
@@ -38,7 +44,25 @@ from cn_hf.training.sources import class_counts, load_data
 from cn_hf.training.supervised import fit, make_accelerator
 from cn_hf.training.tracking import check_trackers, start_trackers
 
-__all__ = ["build_classifier", "start_norms", "train_classifier"]
+__all__ = ["Recipe", "build_classifier", "start_norms", "train_classifier"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is its own in a method.
+
+    Attributes:
+        load_data: Gives the data that a config names.
+        objective: Makes what is minimised; None: the cross entropy.
+        fixed_contexts: Whether the evaluation also tells all images the same context, each in turn.
+    """
+
+    load_data: Callable[[TrainingConfig, Accelerator], PreparedData]
+    objective: Callable[[TrainingConfig, Accelerator], Objective] | None = None
+    fixed_contexts: bool = False
+
+
+SUPERVISED = Recipe(load_data=load_data)
 
 
 def train_classifier(
@@ -48,6 +72,7 @@ def train_classifier(
     overwrite: bool = False,
     dry_run: bool = False,
     data: PreparedData | None = None,
+    recipe: Recipe = SUPERVISED,
 ) -> ClassifierRun | None:
     """Train and evaluate an image classifier as ``config`` says; write the results where it names a folder.
 
@@ -58,7 +83,8 @@ def train_classifier(
         resume: Go on with the run in the output folder from its last checkpoint, or start it if there is none.
         overwrite: Remove the run that the output folder holds first.
         dry_run: Only print the config, what the data holds and what is patched, and draw the first batch.
-        data: From ``load_data`` for a config with the same ``data_options``; None: loaded now.
+        data: From the recipe's ``load_data`` for a config with the same ``data_options``; None: loaded now.
+        recipe: Of the method.
 
     Returns:
         What the run made; None after a dry run, and where ``resume`` met a finished run (see its ``results.json``).
@@ -75,7 +101,7 @@ def train_classifier(
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
         return None
     check_network_name(config.model)
-    data = load_data(config, accelerator) if data is None else data
+    data = recipe.load_data(config, accelerator) if data is None else data
     if data.train is None or len(data.train) == 0:
         raise TrainingError(
             f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
@@ -89,7 +115,7 @@ def train_classifier(
     steps = len(data.train) * config.epochs  # after which the baseline's follow, so that trackers' steps go on rising
     start_trackers(accelerator, config, folder, step=_steps_done(folder, steps))
     try:
-        run = _run(config, model, data, accelerator, folder, resume, steps)
+        run = _run(config, recipe, model, data, accelerator, folder, resume, steps)
     finally:
         for tracker in accelerator.trackers:  # end_training would end the processes' group, too
             tracker.finish()
@@ -98,6 +124,7 @@ def train_classifier(
 
 def _run(
     config: TrainingConfig,
+    recipe: Recipe,
     model: nn.Module,
     data: PreparedData,
     accelerator: Accelerator,
@@ -107,14 +134,16 @@ def _run(
 ) -> ClassifierRun:
     """Train the network and the baseline, evaluate, print and write."""
     name = run_name(config)
-    histories = {name: _fit(model, data, config, accelerator, name, folder, resume)}
+    histories = {name: _fit(model, data, config, recipe, accelerator, name, folder, resume)}
     baseline: nn.Module | None = None
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
         baseline = build_classifier(plain, data)
         baseline_folder = None if folder is None else folder / "baseline"
-        histories["baseline"] = _fit(baseline, data, config, accelerator, "baseline", baseline_folder, resume, steps)
-    report = _evaluate(config, model, baseline, data, accelerator)
+        histories["baseline"] = _fit(
+            baseline, data, config, recipe, accelerator, "baseline", baseline_folder, resume, steps
+        )
+    report = _evaluate(config, recipe, model, baseline, data, accelerator)
     run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
     if report is not None:
         accelerator.print("\n" + protocol_table(report, title=run_title(config, data)))
@@ -160,7 +189,7 @@ def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:
     )
     if norms is None:
         return model
-    calibrates = norms.mode not in BASELINES and config.calibrate != "never"
+    calibrates = norms.mode in CN_MODES and config.calibrate != "never"
     with warnings.catch_warnings():
         if calibrates:  # what the warning advises is done next
             warnings.filterwarnings("ignore", message=".*never saw data")
@@ -190,7 +219,11 @@ def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> b
     whole.num_processes, whole.process_index = 1, 0
     whole.mixing = None  # statistics of each context are those of its own images
     whole.set_epoch(0)
-    chosen = [dict(batch) for batch in itertools.islice(whole, config.calibration_batches)]
+    needed = ("pixel_values", "context_ids")
+    chosen = [
+        {name: batch[name] for name in needed if name in batch}
+        for batch in itertools.islice(whole, config.calibration_batches)
+    ]
     # An embedder narrower than the contexts still starts as near to them as it can.
     cn_hf.calibrate(model, chosen, approximate=True)
     return True
@@ -220,6 +253,7 @@ def _fit(
     model: nn.Module,
     data: PreparedData,
     config: TrainingConfig,
+    recipe: Recipe,
     accelerator: Accelerator,
     name: str,
     folder: Path | None,
@@ -233,6 +267,7 @@ def _fit(
         data.validation,
         config=config,
         accelerator=accelerator,
+        objective=None if recipe.objective is None else recipe.objective(config, accelerator),
         output_dir=folder,
         resume=resume,
         description=name,
@@ -242,6 +277,7 @@ def _fit(
 
 def _evaluate(
     config: TrainingConfig,
+    recipe: Recipe,
     model: nn.Module,
     baseline: nn.Module | None,
     data: PreparedData,
@@ -264,6 +300,8 @@ def _evaluate(
         num_classes=data.num_classes,
         class_counts=counts,
         baseline=baselines or None,
+        fixed_contexts=recipe.fixed_contexts,
+        context_names=data.context_names,
         top_k=(1, 5) if data.num_classes > 5 else (1,),
         seed=config.seed,
         accelerator=accelerator,

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 import cn_hf
-from cn_hf.data import Batches, DeviceBatches, PreparedData, StreamedBatches, read_context_ids
+from cn_hf.data import Batches, PreparedData, StreamedBatches, read_context_ids
 from cn_hf.errors import CheckpointError, TrainingError
 from cn_hf.files import write_whole
 from cn_hf.patching.routing import RoutedModel
@@ -69,8 +69,8 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
     Above each stands its class, below it its context; of mixed ones the two largest parts.
 
     Args:
-        batch: ``pixel_values`` (n, C, H, W), normalised, n at least 1; ``labels`` (n,), or weights (n, classes); where
-            there are contexts ``context_ids`` (n,), or weights (n, T).
+        batch: ``pixel_values`` (n, C, H, W), normalised, n at least 1; ``labels`` (n,), or weights (n, classes),
+            or those of the first images alone; where there are contexts ``context_ids`` (n,), or weights (n, T).
         data: What the batch is of: names and normalisation.
         path: The PNG.
 
@@ -86,6 +86,7 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
 
     pixels = _shown_pixels(batch["pixel_values"][:_MAX_IMAGES], data)
     classes = [_named(label, data.class_names) for label in batch["labels"][:_MAX_IMAGES].cpu()]
+    classes += [["unlabelled"]] * (len(pixels) - len(classes))
     contexts = [_named(ids, data.context_names) for ids in batch.get("context_ids", torch.empty(0))[:_MAX_IMAGES].cpu()]
     columns = min(_COLUMNS, len(pixels))
     rows = math.ceil(len(pixels) / columns)
@@ -110,7 +111,7 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
         cell.set_title("\n".join(classes[place]), fontsize=7, pad=2, parse_math=False)
         if contexts:
             cell.set_xlabel("\n".join(contexts[place]), fontsize=7, color="#4477AA", labelpad=2, parse_math=False)
-    title = f"first training batch, {len(pixels)} of {len(batch['labels'])} shown"
+    title = f"first training batch, {len(pixels)} of {len(batch['pixel_values'])} shown"
     figure.suptitle(title + (" (class above, context below)" if contexts and columns > 2 else ""), fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png")
@@ -153,10 +154,8 @@ def _data_in_words(data: PreparedData) -> str:
 
 def _context_counts(batches: Batches) -> list[float] | None:
     """Images of each context, or the sum of their weights; None where that is not known without reading them all."""
-    contexts = None
-    if isinstance(batches, DeviceBatches):
-        contexts = batches.context_ids
-    elif isinstance(batches, StreamedBatches) and not batches.is_stream:
+    contexts = getattr(batches, "context_ids", None)
+    if isinstance(batches, StreamedBatches) and not batches.is_stream:
         contexts = read_context_ids(batches.dataset)
     if contexts is None:
         return None

@@ -21,7 +21,7 @@ FORMAT = 1
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 RUN_FILES = (
     RUN, RESULTS, CHECKPOINTS, "config.yaml", "history.json", "table.md", "curves.png", "protocols.png", "checkpoint",
-    "baseline", "logs",
+    "baseline", "logs", "networks", "report.md", "contexts.png", "contact_sheet.png",
 )  # fmt: skip
 """What a run may leave in its folder."""
 

@@ -48,13 +48,28 @@ from cn_hf.errors import ConfigError, DatasetError, nearest
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import published_normalization
 
-__all__ = ["CONTEXT_KINDS", "class_counts", "context_source", "data_options", "load_data"]
+__all__ = [
+    "CONTEXT_KINDS",
+    "class_counts",
+    "context_source",
+    "data_options",
+    "datasets_bars",
+    "load_data",
+    "read_splits",
+]
 
 CONTEXT_KINDS = ("none", "column", "origin", "clusters", "brightness")
 
 
-def load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
+def load_data(
+    config: TrainingConfig, accelerator: Accelerator, *, splits: tuple[Any, OriginContexts | None] | None = None
+) -> PreparedData:
     """Load, blend, give contexts, decode and batch what ``config`` asks for, this process's share of each batch.
+
+    Args:
+        config: Of the run.
+        accelerator: Whose processes share the batches.
+        splits: From ``read_splits``, their columns changed perhaps; None: read now.
 
     Raises:
         ConfigError: An option is out of range or contradicts another.
@@ -62,10 +77,23 @@ def load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
         DatasetFileError: A dataset or image cannot be read.
         ContextSourceError: The contexts cannot be named.
     """
+    with datasets_bars(config.progress and accelerator.is_main_process):
+        return _load_data(config, accelerator, splits)
+
+
+def read_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, OriginContexts | None]:
+    """The splits that ``config`` names, blended where there are several datasets, and then the source that did it.
+
+    Raises:
+        ConfigError: An option is out of range or contradicts another.
+        DatasetError: A split or column is missing.
+        DatasetFileError: A dataset cannot be read.
+    """
     if not config.dataset:
         raise ConfigError("no dataset given; name a load_dataset id or a folder (--dataset)")
-    with _datasets_bars(config.progress and accelerator.is_main_process):
-        return _load_data(config, accelerator)
+    shown = config.progress and accelerator.is_main_process
+    with datasets_bars(shown), accelerator.main_process_first():  # the others then find what the first has cached
+        return _load_splits(config)
 
 
 def data_options(config: TrainingConfig) -> dict[str, Any]:
@@ -133,14 +161,15 @@ def context_kind(config: TrainingConfig) -> tuple[str, list[str]]:
     return kind, arguments
 
 
-def _load_data(config: TrainingConfig, accelerator: Accelerator) -> PreparedData:
+def _load_data(
+    config: TrainingConfig, accelerator: Accelerator, loaded: tuple[Any, OriginContexts | None] | None
+) -> PreparedData:
     for name in ("names", "image_size"):
         if name in config.augment_options:
             raise ConfigError(f"augment_options holds {name!r}, which has an option of its own")
     augmentation = build_augmentation(config.augment, image_size=config.image_size, **config.augment_options)
     source = context_source(config)
-    with accelerator.main_process_first():  # the others then find what the first has put into the cache
-        splits, origins = _load_splits(config)
+    splits, origins = read_splits(config, accelerator) if loaded is None else loaded
     mean, std = (config.mean or None), (config.std or None)
     if mean is None and config.pretrained and (published := published_normalization(config.model)) is not None:
         mean, std = published
@@ -181,7 +210,7 @@ def _mixing(config: TrainingConfig) -> MixingConfig | None:
 
 
 @contextlib.contextmanager
-def _datasets_bars(shown: bool) -> Iterator[None]:
+def datasets_bars(shown: bool) -> Iterator[None]:
     """The datasets library's own progress bars, on or off."""
     before = datasets.are_progress_bars_disabled()
     (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()

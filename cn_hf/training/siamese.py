@@ -1,0 +1,243 @@
+"""A Siamese run (paper IV-E): pairs, training, verification of held-out pairs, and day for night, measured.
+
+With ``compare`` three networks are trained with the same seed, pairs and budget: without contexts, and with CN on the
+input started as identity and from the images' own statistics. What a run leaves behind is in ``siamese_results.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from cn_hf.errors import ConfigError, PatchError
+from cn_hf.evaluation.networks import bare_network
+from cn_hf.evaluation.restyling import Levels, Shift, learned_levels, measure_shift
+from cn_hf.evaluation.verification import Verification, best_threshold, context_groups, verify
+from cn_hf.patching.restyle import input_norm
+from cn_hf.patching.routing import RoutedModel
+from cn_hf.training.checkpoints import newest_step
+from cn_hf.training.classifier import build_classifier
+from cn_hf.training.contrastive import Contrastive, HeldOut, held_out_distances
+from cn_hf.training.history import History
+from cn_hf.training.networks import check_network_name
+from cn_hf.training.preview import preview
+from cn_hf.training.results import data_in_words, network_in_words
+from cn_hf.training.run_folder import CHECKPOINTS, claim_folder
+from cn_hf.training.siamese_config import SiameseConfig
+from cn_hf.training.siamese_data import SiameseData, load_siamese_data
+from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.tracking import check_trackers, start_trackers
+
+__all__ = ["SiameseNetwork", "SiameseRun", "has_input_contexts", "train_siamese"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SiameseNetwork:
+    """One trained network and how it did.
+
+    Attributes:
+        config: Its options.
+        model: The network, as trained.
+        history: Its epochs.
+        validation: Verification of validation pairs, on which the threshold was chosen.
+        held_out: Verification of held-out pairs: ``"all"``, then by the contexts of the two images.
+        levels_at_start: What each context's mean and standard deviation on the input began as; empty without contexts.
+        levels: What they became.
+        shifts_at_start: Restyling there and back before training; empty without contexts.
+        shifts: The same after training.
+    """
+
+    config: SiameseConfig
+    model: nn.Module
+    history: History
+    validation: Verification
+    held_out: dict[str, Verification]
+    levels_at_start: dict[str, Levels]
+    levels: dict[str, Levels]
+    shifts_at_start: tuple[Shift, ...]
+    shifts: tuple[Shift, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SiameseRun:
+    """What a run made: its options, its data, the networks by name, and how long it took.
+
+    ``seconds`` are those of a clock, ``processor_seconds`` those that this process was at work, which is less where
+    others were, too, and more on several cores.
+    """
+
+    config: SiameseConfig
+    data: SiameseData
+    networks: dict[str, SiameseNetwork]
+    seconds: float
+    processor_seconds: float
+
+
+def train_siamese(
+    config: SiameseConfig, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> SiameseRun | None:
+    """Train and judge Siamese networks as ``config`` says; write the results where it names a folder.
+
+    Call it from every process of an ``accelerate launch``; the main one prints and writes.
+
+    Args:
+        config: Everything that decides the run.
+        resume: Go on with the run in the output folder from its last checkpoint, or start it if there is none.
+        overwrite: Remove the run that the output folder holds first.
+        dry_run: Only print the config, what the data holds and what is patched, and draw images of the first batch.
+
+    Returns:
+        What the run made; None after a dry run, and where ``resume`` met a finished run.
+
+    Raises:
+        CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
+    """
+    from cn_hf.training.siamese_results import summary, write_siamese_run
+
+    started, processor_started = time.perf_counter(), time.process_time()
+    if config.output_dir is None and (resume or overwrite):
+        raise ConfigError("resume and overwrite are about the run in an output folder; give output_dir")
+    check_trackers(config.trackers, has_folder=config.output_dir is not None)
+    accelerator = make_accelerator(config)
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    if folder is not None and not dry_run and _claimed(folder, config, accelerator, resume, overwrite):
+        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+        return None
+    check_network_name(config.model)
+    data = load_siamese_data(config, accelerator)
+    if dry_run:
+        if accelerator.is_main_process:
+            print(preview(config, _build(config, data), data.prepared, folder=folder))
+        return None
+    accelerator.print(data_in_words(data.prepared))
+    start_trackers(accelerator, config, folder, step=_steps_done(config, folder))
+    try:
+        networks: dict[str, SiameseNetwork] = {}
+        for name in config.networks():
+            offset = len(networks) * len(data.pairs) * config.epochs
+            networks[name] = _train(config, name, data, accelerator, resume, offset=offset)
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end the processes' group, too
+            tracker.finish()
+    run = SiameseRun(
+        config=config,
+        data=data,
+        networks=networks,
+        seconds=time.perf_counter() - started,
+        processor_seconds=time.process_time() - processor_started,
+    )
+    accelerator.print("\n" + summary(run))
+    if folder is not None and accelerator.is_main_process:
+        write_siamese_run(run, folder)
+        print(f"\nwritten to {folder}")
+    accelerator.wait_for_everyone()
+    return run
+
+
+def has_input_contexts(model: nn.Module) -> bool:
+    """Whether contexts have statistics of their own on the network's input."""
+    if not isinstance(model, RoutedModel):
+        return False
+    try:
+        input_norm(model)
+    except PatchError:
+        return False
+    return True
+
+
+def _train(
+    config: SiameseConfig, name: str, data: SiameseData, accelerator: Accelerator, resume: bool, *, offset: int
+) -> SiameseNetwork:
+    """Build, train and judge the network of this name."""
+    own = config.networks()[name]
+    model = _build(own, data)
+    accelerator.print(f"{name}: {network_in_words(own, model)}")
+    model.to(accelerator.device)
+    levels_at_start, shifts_at_start = _restyling(own, model, data)
+    history = fit(
+        model,
+        data.pairs,
+        data.judged("validation"),
+        config=own,
+        accelerator=accelerator,
+        objective=Contrastive(own.margin, seed=own.seed, views=data.views),
+        output_dir=None if config.output_dir is None else config.folder_of(name, Path(config.output_dir)),
+        resume=resume,
+        description=name,
+        log_offset=offset,
+    )
+    validation, held_out = _verification(own, model, data, accelerator)
+    levels, shifts = _restyling(own, model, data)
+    return SiameseNetwork(
+        config=own,
+        model=bare_network(model),
+        history=history,
+        validation=validation,
+        held_out=held_out,
+        levels_at_start=levels_at_start,
+        levels=levels,
+        shifts_at_start=shifts_at_start,
+        shifts=shifts,
+    )
+
+
+def _build(config: SiameseConfig, data: SiameseData) -> nn.Module:
+    """The network, whose outputs are embeddings; its norms start from images that are not augmented."""
+    return build_classifier(config, dataclasses.replace(data.calibration(), num_classes=config.embedding_dim))
+
+
+def _verification(
+    config: SiameseConfig, model: nn.Module, data: SiameseData, accelerator: Accelerator
+) -> tuple[Verification, dict[str, Verification]]:
+    """Of validation pairs, whose best threshold then serves for the held-out ones."""
+
+    def distances(split: str) -> HeldOut:
+        return held_out_distances(model, data.judged(split), accelerator, seed=config.seed, views=data.views)
+
+    chosen_on, found = distances("validation"), distances(data.held_out)
+    threshold = best_threshold(chosen_on.distances, chosen_on.different)
+    validation = verify(chosen_on.distances, chosen_on.different, threshold)
+    groups = {"all": torch.ones_like(found.different)}
+    contexts, names = found.images.contexts, data.prepared.context_names
+    if contexts is not None and names is not None:
+        groups |= context_groups(contexts[found.pairs[:, 0]], contexts[found.pairs[:, 1]], names)
+    held_out = {
+        group: verify(
+            found.distances[rows], found.different[rows], threshold, pairs=found.pairs if group == "all" else None
+        )
+        for group, rows in groups.items()
+    }
+    return validation, held_out
+
+
+def _restyling(
+    config: SiameseConfig, model: nn.Module, data: SiameseData
+) -> tuple[dict[str, Levels], tuple[Shift, ...]]:
+    """What contexts look like to the network now, and held-out images restyled there and back."""
+    if not has_input_contexts(model):
+        return {}, ()
+    held_out = data.images(data.held_out)
+    assert held_out.context_ids is not None  # the data was checked for contexts
+    names = (config.source_context, config.target_context)
+    shifts = [measure_shift(model, held_out.images, held_out.context_ids, *pair) for pair in (names, names[::-1])]
+    return learned_levels(model), tuple(shifts)
+
+
+def _claimed(folder: Path, config: SiameseConfig, accelerator: Accelerator, resume: bool, overwrite: bool) -> bool:
+    """Whether the folder holds this run finished, after the main process has made it this run's; the same in all."""
+    finished = [accelerator.is_main_process and claim_folder(folder, config, resume=resume, overwrite=overwrite)]
+    broadcast_object_list(finished)
+    return finished[0]
+
+
+def _steps_done(config: SiameseConfig, folder: Path | None) -> int:
+    """What trackers have been told at the checkpoints that a run goes on from."""
+    if folder is None:
+        return 0
+    return sum(newest_step(config.folder_of(name, folder) / CHECKPOINTS) for name in config.networks())

@@ -1,0 +1,120 @@
+"""Everything that decides a Siamese run (paper IV-E): a ``TrainingConfig`` with what pairs add.
+
+Defaults are made for small sets of photographs and a CPU: the paper names neither its ViT's size nor its optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cn_hf.errors import ConfigError
+from cn_hf.training.config import TrainingConfig, option
+
+__all__ = ["VIEWS", "SiameseConfig"]
+
+VIEWS = "none"
+"""``identity_column`` where nothing says which object an image shows."""
+
+_WITHOUT_MEANING = ("label_column", "mixup", "cutmix", "label_smoothing", "balance_contexts", "streaming", "baseline")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SiameseConfig(TrainingConfig):
+    """One Siamese run.
+
+    ``batch_size`` counts the pairs of a step, and an epoch has as many pairs as there are images. ``calibrate`` says
+    how the norm on the input starts: "always" from the images' own statistics, "never" as identity.
+
+    Raises:
+        ConfigError: An option is unknown, of the wrong type or out of range, or has no meaning for pairs.
+    """
+
+    model: str = option("timm name, or transformers id or folder", "test_vit", section="network")
+    embedding_dim: int = option("outputs of the network", 64, section="network")
+
+    identity_column: str | None = option(
+        f"column that says which object an image shows; {VIEWS}: two views of an image are the same object",
+        None,
+        section="data",
+    )
+    validation_fraction: float = option("part of train kept for validation", 0.2, section="data")
+    image_size: int | None = option("side of the square images the network gets; else as stored", 128, section="data")
+    augment: tuple[str, ...] = option("flip, crop, rotation, zoom", ("flip", "rotation", "zoom"), section="data")
+
+    mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
+    where: tuple[str, ...] = option(
+        "norms, paper, input, embed or module-name patterns", ("input",), section="contexts"
+    )
+    calibrate: str = option(
+        "start the norms from training images: auto (where a BatchNorm had none), always, never",
+        "always",
+        section="contexts",
+    )
+    calibration_batches: int = option("training batches used for that", 64, section="contexts")
+    source_context: str = option("context that images are restyled from, and back to", "day", section="contexts")
+    target_context: str = option("context that images are restyled to", "night", section="contexts")
+
+    share_labels: bool = option("objects of the same name in several datasets are the same", True, section="data")
+
+    margin: float = option("distance from which pairs of different objects are left alone", 1.0, section="training")
+    epochs: int = option("passes over the training images", 40, section="training")
+    batch_size: int = option("pairs per step, over all processes", 32, section="training")
+    optimizer: str = option("rmsprop, sgd, adam or adamw", "adamw", section="training")
+    learning_rate: float = option("highest learning rate", 3e-4, section="training")
+    weight_decay: float = option("weight decay", 0.05, section="training")
+    decay_one_dimensional: bool = option("decay biases and norm weights, too", False, section="training")
+    schedule: str = option("constant, cosine or step", "cosine", section="training")
+    warmup_epochs: float = option("epochs of linear warm-up", 2.0, section="training")
+    clip_grad_norm: float | None = option("largest norm of the gradient", 1.0, section="training")
+
+    compare: bool = option(
+        "also train without contexts and with the other start, and report all three", False, section="output"
+    )
+
+    def _check_ranges(self) -> None:
+        TrainingConfig._check_ranges(self)
+        if not self.margin > 0:
+            raise ConfigError(f"margin must be positive, got {self.margin}")
+        if self.embedding_dim < 1:
+            raise ConfigError(f"embedding_dim must be at least 1, got {self.embedding_dim}")
+
+    def _check_agreement(self) -> None:
+        TrainingConfig._check_agreement(self)
+        for name in _WITHOUT_MEANING:
+            if getattr(self, name) != next(f.default for f in dataclasses.fields(TrainingConfig) if f.name == name):
+                hint = "; identity_column says which object an image shows" if name == "label_column" else ""
+                raise ConfigError(f"{name} has no meaning for pairs of images{hint}; leave it out")
+        if self.source_context == self.target_context:
+            raise ConfigError(f"source_context and target_context are both {self.source_context!r}; give two contexts")
+        if self.compare and self.mode == "none":
+            raise ConfigError("compare sets a network with contexts beside one without, so mode must not be 'none'")
+        if self.identity_column == VIEWS and not self.augment and not self.augment_options:
+            raise ConfigError("two views of an image need augmentation to differ; give some, e.g. flip, zoom, rotation")
+
+    def as_training_config(self, *, label_column: str | None) -> TrainingConfig:
+        """The part that a classifier's run has, too, with this label column: what data is loaded by."""
+        names = [field.name for field in dataclasses.fields(TrainingConfig)]
+        options = {name: getattr(self, name) for name in names}
+        # Photographs differ in size, also where all are small.
+        decode_size = self.image_size if self.decode_size is None else self.decode_size
+        return TrainingConfig(**{**options, "label_column": label_column, "decode_size": decode_size})
+
+    def networks(self) -> dict[str, SiameseConfig]:
+        """The networks to train, by name: one, or with ``compare`` three, whose seed, data and budget are the same."""
+        if not self.compare:
+            return {_name(self): self}
+        plain = self.replace(mode="none", where=(), norm_options={}, compare=False)
+        starts = [self.replace(calibrate=start, compare=False) for start in ("never", "always")]
+        return {_name(config): config for config in (plain, *starts)}
+
+    def folder_of(self, name: str, folder: Path) -> Path:
+        """Where in the folder of a run the network of this name has its checkpoints."""
+        return folder / "networks" / name.replace(", ", "-").replace(" ", "-") if self.compare else folder
+
+
+def _name(config: SiameseConfig) -> str:
+    if config.mode == "none":
+        return "no contexts"
+    start = {"always": "calibrated start", "never": "identity start", "auto": "start as fits"}[config.calibrate]
+    return f"{config.mode.upper().replace('CHANNELS', 'Channels').replace('PATCHES', 'Patches')}, {start}"

@@ -1,0 +1,151 @@
+"""evaluation/coverage.py and the committed table: complete, what the sweep says, and what an interrupted sweep leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from cn_hf import ConfigError
+from cn_hf.evaluation import coverage
+from cn_hf.evaluation.coverage import Rows, build_timm, chosen_timm_models, structure_of_timm, sweep
+from cn_hf.evaluation.coverage_table import headline, write_coverage
+from cn_hf.evaluation.coverage_transformers import TRANSFORMERS
+from cn_hf.patching.convert import REFUSED
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "model_cards" / "results"
+SAMPLE = ["test_vit", "test_resnet", "test_convnext", "resnet18", "caformer_s18", "mobilevit_xxs", "convnextv2_atto"]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((RESULTS / "coverage.json").read_text())
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- the committed table
+
+
+def test_nothing_is_missing_and_nothing_fails(committed: dict[str, Any]) -> None:
+    names = [name for name in timm.list_models() if not name.startswith("cn_")]
+    modules = {timm.models.model_entrypoint(name).__module__.rsplit(".", 1)[-1] for name in names}
+    assert modules <= set(committed["modules"])
+    checked = {row["module"] for row in committed["real"] if row["library"] == "timm"}
+    assert checked == set(committed["modules"])
+    real = {row["name"] for row in committed["real"]}
+    assert set(TRANSFORMERS) | set(timm.list_models("test_*")) <= real
+    assert [row["name"] for row in committed["real"] if row["failures"] or not row["checks"]] == []
+    if metadata.version("timm") == committed["versions"]["timm"]:
+        assert set(committed["structure"]) == set(names)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_table_is_what_the_norms_of_today_say(name: str, committed: dict[str, Any]) -> None:
+    row = structure_of_timm(name)
+    assert row["failures"] == []
+    assert row["slots"]["cn"] == committed["structure"][name]
+
+
+def test_the_markdown_says_what_the_json_says(committed: dict[str, Any]) -> None:
+    text = (RESULTS / "coverage.md").read_text()
+    assert committed["headline"] in text
+    assert "Unfinished" not in text
+    assert "**fail" not in text
+    for module in committed["modules"]:
+        assert re.search(rf"^\| {module} +\|", text, re.MULTILINE), module
+    for row in committed["real"]:
+        assert re.search(rf"^\| {row['name']}[ ,]", text, re.MULTILINE), row["name"]
+    for refused in {name for row in committed["real"] for name in row.get("refused", ())}:
+        assert REFUSED[refused] in text
+
+
+# ------------------------------------------------------------------------------------------------------------ the sweep
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "deep" / "rows.jsonl")
+    made = sweep(rows, ["test_vit", "vit"])
+    assert next(made) == "structure/test_vit"
+    made.close()
+    with rows.path.open("a") as file:
+        file.write('{"key": "timm/test_vit", "versi')  # killed while it wrote
+    again = Rows(rows.path)
+    assert list(again.rows) == ["structure/test_vit"]
+    assert list(sweep(again, ["test_vit", "vit"])) == ["transformers/vit", "timm/test_vit"]
+    assert list(sweep(Rows(rows.path), ["test_vit", "vit"])) == []
+
+
+def test_failures_and_other_versions_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.add("a", {"failures": []})
+    rows.add("b", {"failures": ["words"]})
+    again = Rows(rows.path)
+    assert (again.has("a"), again.has("b"), again.has("c")) == (True, False, False)
+    monkeypatch.setattr(coverage.metadata, "version", lambda name: "0")
+    assert not Rows(rows.path).has("a")
+
+
+def test_a_model_that_fails_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "IMAGE_SIZES", ())
+    monkeypatch.setattr(coverage, "DOES_NOT_RUN", (RuntimeError,))
+
+    def refuse(self: Any, x: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, "forward", refuse)
+    rows = Rows(tmp_path / "rows.jsonl")
+    list(sweep(rows, ["test_vit"]))
+    assert "runs at none of the image sizes" in rows.rows["timm/test_vit"]["failures"][0]
+    text = write_coverage(rows, tmp_path / "out").read_text()
+    assert "1 fail" in headline(rows.rows.values())
+    assert "**Unfinished**" in text
+    assert "- test_vit: ConfigError: test_vit runs at none" in text
+
+
+def test_unknown_names_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'test_vit'"):
+        list(sweep(Rows(tmp_path / "rows.jsonl"), ["tset_vit"]))
+
+
+def test_the_choice_has_every_module_and_norm_and_nothing_large_without_need() -> None:
+    def row(name: str, module: str, parameters: int, *norms: str) -> dict[str, Any]:
+        return {
+            "name": name, "module": module, "architecture": "A", "parameters": parameters, "norms": dict.fromkeys(norms, 1)
+        }  # fmt: skip
+
+    rows = [
+        row("small", "m", 10, "LN"),
+        row("medium", "m", 20, "LN"),
+        row("other_norm", "m", 30, "RMS"),
+        row("huge_norm", "m", 10**9, "BN"),
+        row("only", "n", 10**9, "BN"),
+        row("test_tiny", "m", 15, "LN"),
+    ]
+    assert chosen_timm_models(rows) == ["small", "test_tiny", "other_norm", "only"]
+
+
+def test_models_are_built_at_the_smallest_size_they_take() -> None:
+    assert build_timm("test_resnet")[1].shape == (3, 3, 64, 64)
+    model, images = build_timm("swin_tiny_patch4_window7_224")  # of fixed size, but built for any
+    assert model(images).shape[0] == 3
+    assert images.shape[-1] == 64
+
+
+def test_the_script(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/coverage.py", "--rows", str(tmp_path / "rows.jsonl"), "test_vit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    wrong = subprocess.run(
+        [*command[:-1], "nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert wrong.returncode != 0
+    assert "There is no model 'nothing'" in wrong.stderr
