@@ -98,6 +98,20 @@ def test_refused_classes_are_named_in_a_warning_and_refused_by_pattern(name: str
     assert [slot.name for slot in cn_hf.patch_report(model)] == ["2"]
 
 
+def test_norms_where_a_model_mixes_samples_are_left_alone() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("csatv2")
+    with pytest.warns(UserWarning, match="attention runs across the samples of a batch"):
+        cn_hf.patch_model(model, "cn-patches", where="norms")
+    inside = "stages.0.0.attn.attn.norm1"
+    names = {slot.name for slot in cn_hf.patch_report(model)}
+    assert names
+    assert inside not in names
+    cn_hf.unpatch_model(model)
+    with pytest.raises(PatchError, match="attention runs across the samples of a batch"):
+        cn_hf.patch_model(model, "cn-patches", where=[inside])
+
+
 class OwnLayerNorm(nn.LayerNorm):
     """A class cn_hf has never met, by inheritance and not by name."""
 

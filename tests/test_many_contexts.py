@@ -175,8 +175,8 @@ def test_grown_to_many() -> None:
     from cn_hf.patching import patch_model
     from cn_hf.patching.grow import add_contexts
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Flatten()).eval()
-    patch_model(model, "cn-channels", where=["1"], num_contexts=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([4]), nn.Flatten()).eval()
+    patch_model(model, where=["1"], num_contexts=2)
     x = torch.randn(2, 3, 6, 6)
     before = model(x, context_ids=torch.tensor([0, 1]))
     add_contexts(model, MANY)

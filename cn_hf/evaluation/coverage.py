@@ -29,7 +29,7 @@ from cn_hf.errors import CnHfError, ConfigError, PatchError, nearest
 from cn_hf.evaluation.properties import PatchingCheck, settle_parameters
 from cn_hf.patching import patch_model, patch_report, unpatch_model
 from cn_hf.patching.convert import NORMS, REFUSED, qualified_name
-from cn_hf.patching.placement import is_norm_like
+from cn_hf.patching.placement import is_norm_like, refused_inside
 
 __all__ = ["Rows", "build_timm", "check_model", "chosen_timm_models", "structure_of_timm", "sweep"]
 
@@ -68,7 +68,10 @@ class Rows:
         self.versions = {name: metadata.version(name) for name in ("timm", "transformers", "torch")}
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        for line in path.read_text().splitlines() if path.exists() else ():
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):  # killed within a line
+            path.write_text(f"{text}\n")
+        for line in text.splitlines():
             row = _parsed(line)
             if row.get("versions") == self.versions:
                 self.rows[row["key"]] = row
@@ -102,8 +105,9 @@ def structure_of_timm(name: str) -> dict[str, Any]:
         name: a name of ``timm.list_models()``.
 
     Returns:
-        ``module``, ``architecture`` (the class), ``parameters``, ``norms`` (class -> count), ``refused`` (the same,
-        of norm layers that are left as they are), ``slots`` (mode -> count), ``input`` and ``failures``.
+        ``module``, ``architecture`` (the class), ``parameters``, ``norms`` (class -> count), ``refused`` (class
+        and reason -> count, of norm layers that are left as they are), ``slots`` (mode -> count), ``input`` and
+        ``failures``.
     """
     import timm
 
@@ -136,12 +140,14 @@ def _structure(model: nn.Module, takes_images: bool = True) -> dict[str, Any]:
     norms: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     failures = []
+    inside = refused_inside(model)
     for module in model.modules():
         if is_norm_like(module):
             key = qualified_name(type(module))
             norms[key] += 1
-            if key in REFUSED or (key in NORMS and NORMS[key].refusal(module)):
-                refused[key] += 1
+            reason = inside.get(id(module)) or REFUSED.get(key) or (key in NORMS and NORMS[key].refusal(module))
+            if reason:
+                refused[f"{key}: {reason}"] += 1
             elif key not in NORMS:
                 failures.append(f"{key} is in no table")
     slots = {mode: _count_slots(model, mode, "norms") for mode in NORM_MODES}

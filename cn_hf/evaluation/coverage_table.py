@@ -12,7 +12,6 @@ from cn_hf.evaluation.coverage import BATCH_SIZE, Rows, chosen_timm_models
 from cn_hf.evaluation.coverage_transformers import TRANSFORMERS
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.evaluation.tables import markdown_table
-from cn_hf.patching.convert import REFUSED
 
 __all__ = ["headline", "write_coverage"]
 
@@ -24,9 +23,9 @@ layer became a slot, or is of a class that is refused for the reason given below
 weights as after training, {batch} images and 3 contexts, was patched in each mode that applies, at `where="norms"` and
 at `where="input"`, and passes if
 
-- the evaluation output is the original's, with ids and without: within 1e-5 of its scale in float32 (*changed*: the
-  largest difference in any mode), or within twice what the last bit of the input changes in the original (*rounding*),
-  where that is more;
+- the evaluation output is the original's, with ids and without, within 1e-5 of its scale in float32 (*changed*: the
+  largest difference in any mode); deep random networks that amplify the last bit of their input to more than half of
+  that are checked in float64;
 - another sample's id and pixels leave a sample's output as it was, within 1e-6 of its scale (*isolation*: the largest
   difference), while its own id changes it;
 - after the contexts' parameters have been moved, gradients reach each parameter of each slot, for each context;
@@ -131,7 +130,7 @@ def _markdown(rows: Sequence[Row]) -> str:
         ),
         "## Left as they are",
         "Norm-like layers that `patch_model` does not swap and names in a warning.",
-        markdown_table(["class", "layers in timm", "names", "reason"], _refused(rows), align="lrrl"),
+        markdown_table(["class", "reason", "layers in timm", "names"], _refused(rows), align="llrr"),
         "## Slots without effect",
         "Layers that a model holds but whose result its output does not depend on; they are patched all the same.",
         markdown_table(["model", "slots"], _unused(real), align="ll"),
@@ -139,7 +138,7 @@ def _markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-COLUMNS = ["modes", "slots", "rows", "changed", "rounding", "isolation", "result"]
+COLUMNS = ["modes", "slots", "rows", "precision", "changed", "isolation", "result"]
 
 
 def _by_module(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -169,8 +168,8 @@ def _real_line(row: Row, second: str) -> list[str]:
         return [*first, *["-"] * (len(COLUMNS) - 1), result]
     modes = [f"{check['mode']}" if check["where"] == "norms" else check["where"] for check in checks]
     slots = [str(check["slots"]) for check in checks]
-    worst = [max(check[name] for check in checks) for name in ("rows", "unchanged", "rounding", "isolation")]
-    numbers = [str(worst[0]), *(f"{value:.0e}" if value else "0" for value in worst[1:])]
+    worst = [max(check[name] for check in checks) for name in ("rows", "unchanged", "isolation")]
+    numbers = [str(worst[0]), checks[0]["precision"], *(f"{value:.0e}" if value else "0" for value in worst[1:])]
     return [*first, ", ".join(modes), ", ".join(slots), *numbers, result]
 
 
@@ -178,10 +177,15 @@ def _refused(rows: Iterable[Row]) -> list[list[str]]:
     layers: Counter[str] = Counter()
     models: Counter[str] = Counter()
     for row in rows:
-        for key, count in row.get("refused", {}).items() if row["library"] == "timm" else ():
-            layers[key] += count
-            models[key] += 1
-    return [[key, str(layers[key]), str(models[key]), REFUSED.get(key, "see its warning")] for key in sorted(layers)]
+        for words, count in row["refused"].items() if row["kind"] == "structure" else ():
+            layers[words] += count
+            models[words] += 1
+    return [[*_class_and_reason(words), str(layers[words]), str(models[words])] for words in sorted(layers)]
+
+
+def _class_and_reason(words: str) -> tuple[str, str]:
+    name, _, reason = words.partition(": ")
+    return name, reason
 
 
 def _unused(rows: Iterable[Row]) -> list[list[str]]:

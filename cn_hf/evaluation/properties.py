@@ -28,13 +28,13 @@ from cn_hf.patching.patch import named_slots
 __all__ = ["PatchingCheck", "PatchingResult", "settle_parameters"]
 
 UNCHANGED = 1e-5
-"""Largest difference from the original's output, of its scale, that counts as none.
-
-A deep random network can amplify rounding beyond it: twice what the last bit of its input changes counts as none, too.
-"""
+"""Largest difference from the original's output, of its scale, that counts as none."""
 
 ISOLATED = 1e-6
-"""Largest difference of a sample's output, of its scale, that another sample may make."""
+"""Largest difference of a sample's output, of its scale, that another sample may make.
+
+Or what the last bit of the input makes, where that is more: blocked matrix products round by their neighbours.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class PatchingResult:
         slots: how many there are.
         unused: names of slots that ``forward`` never reaches, or whose result it throws away.
         unchanged: largest difference that patching made to the output, of its scale.
-        rounding: the same, that the last bit of the original's input makes.
+        precision: in which all this was measured.
         isolation: largest difference that another sample's id and pixels made to a sample's output, of its scale.
         effect: the same for the sample's own id.
         rows: most rows an activation has for one sample (windows, inner patches, tiles) where a slot meets it.
@@ -59,7 +59,7 @@ class PatchingResult:
     slots: int = 0
     unused: tuple[str, ...] = ()
     unchanged: float = float("nan")
-    rounding: float = float("nan")
+    precision: str = "float32"
     isolation: float = float("nan")
     effect: float = float("nan")
     rows: int = 1
@@ -121,7 +121,7 @@ class PatchingCheck:
     Args:
         model: settled (see ``settle_parameters``), in evaluation mode.
         inputs: a batch of at least two samples: what ``forward`` takes, a tensor or keywords of which the first holds
-            the images.
+            the images. Where the model amplifies the last bit of it so that float32 cannot tell, both become float64.
         num_contexts: ``T``.
 
     Raises:
@@ -138,12 +138,15 @@ class PatchingCheck:
             raise InputShapeError("Isolation needs at least two samples; received a batch of one.")
         self.num_contexts = num_contexts
         self.ids = torch.arange(self.batch_size) % num_contexts
+        self.precision = "float32"
+        if (rounding := self._rounding()) > UNCHANGED / 2:
+            self.precision = "float64"
+            self.model.double()
+            self.inputs = _with_first(inputs, Tensor.double)
+            rounding = 0.0
+        self.isolated = max(ISOLATED, rounding)
         self.plain = {name: value.clone() for name, value in model.state_dict().items()}
-        with torch.no_grad():
-            self.original = self._rows(_call(model, inputs))
-            last_bit = self._rows(_call(model, _with_first(inputs, _next_number)))
-        self.rounding = max(_difference(a, b) for a, b in zip(last_bit, self.original, strict=True))
-        self.tolerance = max(UNCHANGED, 2 * self.rounding)
+        self.original = self._run()
         if not all(bool(row.isfinite().all()) for row in self.original):
             raise InputTypeError(f"The output of {type(model).__name__} is not finite before patching.")
         if max(_difference(row[:1], row[1:2]) for row in self.original) < 1e-4:
@@ -160,8 +163,14 @@ class PatchingCheck:
             raise InputTypeError(f"{type(self.model).__name__} gives no floating-point tensor with a row a sample.")
         return rows
 
-    def _run(self, ids: Tensor | None, inputs: Mapping[str, Any] | Tensor | None = None) -> list[Tensor]:
-        return self._rows(_call(self.model, self.inputs if inputs is None else inputs, context_ids=ids))
+    @torch.no_grad()
+    def _run(self, inputs: Mapping[str, Any] | Tensor | None = None, **more: Any) -> list[Tensor]:
+        return self._rows(_call(self.model, self.inputs if inputs is None else inputs, **more))
+
+    def _rounding(self) -> float:
+        """How far the last bit of the input changes the output, of its scale."""
+        pairs = zip(self._run(_with_first(self.inputs, _next_number)), self._run(), strict=True)
+        return max(_difference(a, b) for a, b in pairs)
 
     def __call__(self, mode: str, where: str) -> PatchingResult:
         """Patch with ``mode`` at ``where``, measure, and unpatch.
@@ -177,12 +186,12 @@ class PatchingCheck:
             slots = named_slots(self.model)
             if not self.plain.keys() <= self.model.state_dict().keys():
                 failures.append("keys of the plain state_dict are gone")
-            with torch.no_grad(), _leading_dimensions(slots) as leading:
+            with _leading_dimensions(slots) as leading:
                 known = self._unchanged(self.ids)
                 numbers["unchanged"] = unchanged = max(known, self._unchanged(None)) if mode in CN_MODES else known
             numbers["rows"] = max(leading, default=self.batch_size) // self.batch_size
-            numbers["rounding"] = self.rounding
-            if not unchanged <= self.tolerance:
+            numbers["precision"] = self.precision
+            if not unchanged <= UNCHANGED:
                 failures.append(f"the output changed by {unchanged:.1e} of its scale")
             failures += self._learned(numbers, slots)
             failures += self._reloaded()
@@ -192,12 +201,12 @@ class PatchingCheck:
         return PatchingResult(mode=mode, where=where, slots=len(slots), failures=tuple(failures), **numbers)
 
     def _unchanged(self, ids: Tensor | None) -> float:
-        return max(_difference(a, b) for a, b in zip(self._run(ids), self.original, strict=True))
+        return max(_difference(a, b) for a, b in zip(self._run(context_ids=ids), self.original, strict=True))
 
     def _learned(self, numbers: dict[str, Any], slots: list[tuple[str, Slot]]) -> list[str]:
         """With contexts that differ: isolation, the effect of ids, and gradients."""
         failures = []
-        base = _tell_apart(self.model, lambda: self._run(self.ids))
+        base = _tell_apart(self.model, lambda: self._rows(_call(self.model, self.inputs, context_ids=self.ids)))
         sum(_projection(row) for row in base).backward()  # type: ignore[union-attr]  # there is a row
         used = [(name, slot) for name, slot in slots if _is_used(slot)]
         numbers["unused"] = tuple(name for name, slot in slots if not _is_used(slot))
@@ -214,33 +223,29 @@ class PatchingCheck:
                 f"no gradient for {', '.join(silent[:3])}" + f" and {len(silent) - 3} more" * (len(silent) > 3)
             )
         self.model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            ids = self.ids.clone()
-            ids[0] = (ids[0] + 1) % self.num_contexts
-            other_id = self._run(ids)
-            other_sample = self._run(ids, _with_first(self.inputs, _other_sample))
+        ids = self.ids.clone()
+        ids[0] = (ids[0] + 1) % self.num_contexts
+        other_id = self._run(context_ids=ids)
+        other_sample = self._run(_with_first(self.inputs, _other_sample), context_ids=ids)
         numbers["effect"] = max(_difference(a[:1], b[:1]) for a, b in zip(other_id, base, strict=True))
         numbers["isolation"] = max(
             _difference(a[1:], b[1:]) for other in (other_id, other_sample) for a, b in zip(other, base, strict=True)
         )
         if not numbers["effect"] > 1e-5:
             failures.append("context ids have no effect")
-        if not numbers["isolation"] <= ISOLATED:
+        if not numbers["isolation"] <= self.isolated:
             failures.append(f"a sample's output depends on another's by {numbers['isolation']:.1e} of its scale")
         return failures
 
     def _reloaded(self) -> list[str]:
         self.model.load_state_dict(self.plain)
-        with torch.no_grad():
-            difference = self._unchanged(self.ids)
-        return (
-            [] if difference <= self.tolerance else [f"a plain checkpoint loads with a difference of {difference:.1e}"]
-        )
+        difference = self._unchanged(self.ids)
+        words = f"a plain checkpoint loads with a difference of {difference:.1e}"
+        return [] if difference <= UNCHANGED else [words]
 
     def _given_back(self, classes: list[type]) -> list[str]:
         failures = []
-        with torch.no_grad():
-            after = self._rows(_call(self.model, self.inputs))
+        after = self._run()
         if not all(torch.equal(a, b) for a, b in zip(after, self.original, strict=True)):
             failures.append("unpatching is not bit-equal")
         if [type(module) for module in self.model.modules()] != classes:

@@ -39,6 +39,8 @@ from cn_hf.patching.transformers_norms import (
 
 __all__ = ["MIXING", "NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
 
+NORMALIZERS = (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)
+
 Standardize = Callable[[Any, Tensor], Tensor]
 
 
@@ -231,6 +233,15 @@ class Slot(Swapped):
             x = x.transpose(0, 1)
             return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias).transpose(0, 1)
         return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuse what conversions of batch norms would put in the normalizer's place."""
+        if name == "normalizer" and not isinstance(module, NORMALIZERS):
+            raise PatchError(
+                f"A {type(module).__name__} cannot take the place of the normalizer of a {type(self).__name__}: "
+                "convert batch norms (to SyncBatchNorm, SplitBatchNorm) before patch_model."
+            )
+        super().add_module(name, module)  # type: ignore[misc]  # of nn.Module
 
     def start_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance (less the normalizer's eps) that keep the model's output; None for 0 and 1 - eps."""

@@ -75,7 +75,7 @@ def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
     """Hand the inference options to the layers."""
     for module in model.modules():
         if isinstance(module, ContextNorm):
-            module.inference = "cn" if config.inference == "cn" else "cn+"
+            module.inference = "cn+" if config.inference == "cn+" else "cn"  # else past forward, in silence, CN+
             module.plus_stats = config.plus_stats
             module.plus_scale = config.plus_scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from cn_hf.patching.routing import ContextRouter, RoutedModel, routed_class, rou
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 
+FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's reparameterize_model calls
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel")
 
 
@@ -81,6 +82,7 @@ def patch_model(
         raise
     apply_inference(model, config)
     _set_fast_paths(model)
+    _guard_fusing(model)
     if unseen and config.mode in CN_MODES:
         warnings.warn(
             f"{len(unseen)} batch norms (first: {unseen[0]}) never saw data, so their contexts start from mean 0 and "
@@ -244,6 +246,27 @@ def _set_fast_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
+def _guard_fusing(model: nn.Module) -> None:
+    # These methods make one layer of what a module's children hold, and would read past the slots among them.
+    for module in model.modules():
+        methods = [method for method in FUSING if hasattr(module, method)]
+        if methods and any(isinstance(part, Slot) for part in module.modules()):
+            for method in methods:
+                setattr(module, method, refuse_fusing)
+
+
+def refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for the methods of a module that would fuse its slots away.
+
+    Raises:
+        PatchError: always.
+    """
+    raise PatchError(
+        "Fusing (timm's reparameterize_model) would drop the contexts of this model: fold_context(model, context) "
+        "gives a plain model for one context, and unpatch_model(model) the one without contexts; either can be fused."
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- the way back
 
 
@@ -284,6 +307,10 @@ def restore_slot(slot: Slot) -> nn.Module:
 
 def restore_root(model: nn.Module) -> None:
     """Make the root of a patched model the class it was."""
+    for module in model.modules():
+        for method in FUSING:
+            if module.__dict__.get(method) is refuse_fusing:
+                delattr(module, method)
     del model.router
     swap_class(model, cast(RoutedModel, model).original_class)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from cn_hf.errors import PatchError, nearest
 from cn_hf.patching.config import BASELINES, ContextNormConfig
-from cn_hf.patching.convert import NORMS, REFUSED, NormEntry, qualified_name
+from cn_hf.patching.convert import MIXING, NORMS, REFUSED, NormEntry, qualified_name
 
 __all__ = ["Target", "find_targets"]
 
@@ -87,12 +87,10 @@ def _norms(model: nn.Module, mode: str) -> list[Target]:
     """Norms of the mode's kind; dsbn and the baselines mean batch norms only."""
     targets = []
     sequence_first = _near_sequence_first(model)
-    parts = {
-        id(part) for whole in model.modules() if qualified_name(type(whole)) in REFUSED for part in whole.modules()
-    }
+    inside = refused_inside(model)
     for name, module in model.named_modules():
         entry = _entry(module)
-        if entry is None or entry.axis(module) not in FEATURE_DIMS[mode] or id(module) in parts:
+        if entry is None or entry.axis(module) not in FEATURE_DIMS[mode] or id(module) in inside:
             continue
         if mode in BATCH_NORMS and entry.standardize is not None:
             continue
@@ -100,6 +98,17 @@ def _norms(model: nn.Module, mode: str) -> list[Target]:
             near = name.rpartition(".")[0] in sequence_first
             targets.append(Target(name, module, "norm", entry.num_features(module), entry.axis(module), near))
     return targets
+
+
+def refused_inside(model: nn.Module) -> dict[int, str]:
+    """Modules, by ``id``, below one whose norms cannot be swapped: its class and the reason."""
+    inside: dict[int, str] = {}
+    for module in model.modules():
+        key = qualified_name(type(module))
+        if key in REFUSED or key in MIXING:
+            reason = f"inside {type(module).__name__}, {MIXING.get(key) or REFUSED[key]}"
+            inside |= {id(part): reason for part in module.modules() if part is not module}
+    return inside
 
 
 def _near_sequence_first(model: nn.Module) -> set[str]:
@@ -132,12 +141,13 @@ def _all_norms(model: nn.Module, mode: str) -> list[Target]:
 
 def _left_out(model: nn.Module, mode: str) -> list[tuple[str, str]]:
     left_out = []
+    inside = refused_inside(model)
     for name, module in model.named_modules():
         key, entry = qualified_name(type(module)), _entry(module)
         if key in REFUSED:
             left_out.append((name, f"{type(module).__name__}, {REFUSED[key]}"))
         elif entry is not None and entry.axis(module) in FEATURE_DIMS[mode]:
-            reason = entry.refusal(module)
+            reason = inside.get(id(module)) or entry.refusal(module)
             if reason is not None:
                 left_out.append((name, f"{type(module).__name__}, {reason}"))
         elif entry is None and is_norm_like(module):
@@ -160,6 +170,7 @@ def _inventory(model: nn.Module) -> str:
 
 def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Target]:
     modules = dict(model.named_modules(remove_duplicate=False))
+    inside = refused_inside(model)
     meant: dict[int, tuple[str, nn.Module]] = {}
     for pattern in patterns:
         names = [name for name in modules if name and _matches(name, pattern)]
@@ -173,6 +184,8 @@ def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Ta
         if not norms:
             raise PatchError(f"where={pattern!r} matches {_describe(modules, names)}, no norm layer cn_hf can swap.")
         for name in norms:
+            if id(modules[name]) in inside:
+                raise PatchError(f"where={pattern!r} matches {name}, {inside[id(modules[name])]}.")
             meant.setdefault(id(modules[name]), (name, modules[name]))
     order = {id(module): index for index, module in enumerate(model.modules())}
     sequence_first = _near_sequence_first(model)

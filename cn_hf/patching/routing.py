@@ -289,6 +289,11 @@ def _routed_class(base: Any) -> type[nn.Module]:
 def _route(
     model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ids: ContextIds | None
 ) -> Any:
+    if not isinstance(args, tuple):  # torch.fx puts a proxy in place of *args
+        raise PatchError(
+            f"torch.fx cannot trace the forward of a patched {type(model).__name__}: trace the plain model and patch "
+            "the graph module, or use hooks or torch.export."
+        )
     router: ContextRouter = model.router
     config = router.config
     if config.mode in BASELINES:

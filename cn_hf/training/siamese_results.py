@@ -184,13 +184,13 @@ def _restyling_table(run: SiameseRun, restyled: dict[str, SiameseNetwork]) -> st
         "Distance of held-out images from real held-out images of the target context, in levels of 255: mean over the "
         "channels of the absolute difference of their means, and of their standard deviations, over all pixels "
         f"({counts} images). Cycle: mean absolute error, in levels, of restyling there and back without clipping; "
-        "with an 8-bit image in between, over the values that were not clipped there (over all values). No restyling "
-        f"that learns from training images can be much nearer than these are: {_floor(run)}."
+        "with an 8-bit image in between, over the values that were not clipped there (over all values). For "
+        f"scale, training images of the same context are at: {_scale(run)}."
     )
     return markdown_table(header, rows, align="llrrrrrr") + "\n\n" + notes
 
 
-def _floor(run: SiameseRun) -> str:
+def _scale(run: SiameseRun) -> str:
     """How far training images are from held-out images of the same context."""
     data = run.data
     names, train, held_out = data.prepared.context_names or (), data.images("train"), data.images(data.held_out)
