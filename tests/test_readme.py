@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -64,7 +64,7 @@ def test_python_blocks(local_data, tmp_path, monkeypatch):
 
 
 def test_training_and_hub_blocks(local_data, tmp_path):
-    demo, tests, training, _, hub = blocks("bash")
+    demo, tests, training, _, _, hub = blocks("bash")
     assert "cn-hf demo" in demo
     assert "pytest" in tests
     command = with_local_data(training.replace("scripts/", f"{ROOT}/scripts/"), local_data)
@@ -90,6 +90,35 @@ def test_training_and_hub_blocks(local_data, tmp_path):
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         assert words in run.stdout
+
+
+def test_day_for_night_block(tmp_path):
+    """Three places by day and by night, eight images of each."""
+    rng = np.random.default_rng(0)
+    rows = {"image": [], "label": [], "identity": []}
+    for place, night in [(place, night) for place in range(3) for night in (0, 1)] * 8:
+        image = rng.integers(0, 120, (40, 40, 3)) + 20 * place
+        rows["image"].append((image // (4 if night else 1)).astype(np.uint8))
+        rows["label"].append(night)
+        rows["identity"].append(f"place {place}")
+    names = {"label": ClassLabel(names=["day", "night"]), "identity": Value("string")}
+    data = Dataset.from_dict(rows, features=Features({"image": Image(), **names}))
+    for split in ("train", "test"):
+        data.to_parquet(tmp_path / "places" / "data" / f"{split}-00000-of-00001.parquet")
+    PIL.Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    training, restyling = blocks("bash")[4].splitlines()
+    training = training.replace("scripts/", f"{ROOT}/scripts/").replace("FOLDER", str(tmp_path / "places"))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    for command in (f"{training} --epochs 2 --image-size 32 --batch-size 12 --no-progress", restyling):
+        words = command.replace("cn-hf ", "python -m cn_hf.cli ").split()[1:]
+        run = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+    day, night = (np.asarray(PIL.Image.open(tmp_path / name)) for name in ("photo.jpg", "photo-by-night.jpg"))
+    assert night.shape == day.shape
+    assert night.mean() < day.mean()
 
 
 def test_reproduce_block(tmp_path):

@@ -487,12 +487,12 @@ def test_what_clips_is_counted() -> None:
 
 def test_a_contact_sheet_holds_its_pictures(tmp_path: Path) -> None:
     pictures = [PIL.Image.new("RGB", (40 + 10 * place, 30), (250, 0, 0)) for place in range(3)]
-    path = write_contact_sheet({"first": pictures, " second": pictures}, tmp_path / "sheet.png", title="Title")
+    path = write_contact_sheet([{"first": pictures}, {"first": pictures}], tmp_path / "sheet.png", title="Title")
     sheet = np.asarray(PIL.Image.open(path).convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(-1) < 60)
     columns = np.flatnonzero(np.diff(red.any(0).astype(int)))
     rows = np.flatnonzero(np.diff(red.any(1).astype(int)))
     assert (len(columns), len(rows)) == (6, 4)
-    for wrong in ({}, {"a": []}, {"a": pictures, "b": pictures[:1]}):
+    for wrong in ([], [{}], [{"a": []}], [{"a": pictures, "b": pictures[:1]}]):
         with pytest.raises(ConfigError, match="equally many pictures"):
             write_contact_sheet(wrong, path, title="")

@@ -319,18 +319,18 @@ def _draw_sheet(run: SiameseRun, restyled: dict[str, SiameseNetwork], path: Path
     """Both directions: originals, restyled by each network, cycled by the last, real images of the target context."""
     config = run.config
     main_name, main = list(restyled.items())[-1]
-    rows: dict[str, list[PIL.Image.Image]] = {}
-    directions = ((config.source_context, config.target_context), (config.target_context, config.source_context))
-    for number, (source, target) in enumerate(directions):
+    forth = config.source_context, config.target_context
+    blocks = []
+    for source, target in (forth, forth[::-1]):
         originals, real = _pictures(run, source, target)
-        rows[f"{' ' * number}real {source}"] = originals
+        rows: dict[str, list[PIL.Image.Image]] = {f"real {source}": originals}
         for name, network in restyled.items():
-            rows[f"{source} to {target}, {name.split(', ', 1)[-1]}"] = _restyled(network, originals, source, target)
-        there = rows[f"{source} to {target}, {main_name.split(', ', 1)[-1]}"]
+            there = _restyled(network, originals, source, target)
+            rows[f"{source} to {target}, {name.split(', ', 1)[-1]}"] = there
         rows[f"and back to {source}, {main_name.split(', ', 1)[-1]}"] = _restyled(main, there, target, source)
-        same = "" if run.data.views else ", same places"
-        rows[f"real {target}{same}"] = real
-    write_contact_sheet(rows, path, title=f"{_title(run)}: {config.source_context} and {config.target_context}")
+        rows[f"real {target}" + ("" if run.data.views else ", same places")] = real
+        blocks.append(rows)
+    write_contact_sheet(blocks, path, title=f"{_title(run)}: {config.source_context} and {config.target_context}")
 
 
 def _restyled(
