@@ -99,6 +99,8 @@ def test_refused_classes_are_named_in_a_warning_and_refused_by_pattern(name: str
 
 
 def test_norms_where_a_model_mixes_samples_are_left_alone() -> None:
+    if not timm.is_model("csatv2"):
+        pytest.skip("this version of timm has no csatv2")
     with torch.device("meta"):
         model = timm.create_model("csatv2")
     with pytest.warns(UserWarning, match="attention runs across the samples of a batch"):

@@ -111,7 +111,10 @@ def structure_of_timm(name: str) -> dict[str, Any]:
     """
     import timm
 
-    with torch.device("meta"), _NoInitialization():
+    try:
+        with torch.device("meta"), _NoInitialization():
+            model = timm.create_model(name)
+    except (NotImplementedError, RuntimeError):  # early versions of timm read values while they build
         model = timm.create_model(name)
     return {
         "kind": "structure",
