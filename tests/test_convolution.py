@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import cn_hf
-from cn_hf.errors import InputTypeError
+import cn_hf.models
+from cn_hf.errors import InputShapeError, InputTypeError
 from cn_hf.norm import ContextNorm, convolution
 from cn_hf.norm.convolution import normalized_conv2d
 
@@ -499,3 +501,10 @@ def test_compile_and_export_take_the_composition(
     program = torch.export.export(model.eval(), (images(),), {"context_ids": ids})
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images(), context_ids=ids), model(images(), context_ids=ids))
+
+
+def test_images_of_other_channels_are_refused():
+    model = cn_hf.patch_model(timm.create_model("cn_cifar_convnet", num_classes=3), mode="cn-channels", where="input")
+    for training in (True, False):
+        with pytest.raises(InputShapeError, match="expects 3 features along axis 1"):
+            model.train(training)(torch.randn(2, 1, 32, 32), context_ids=0)

@@ -314,7 +314,7 @@ def context_norm_plus(
             return mixture(vectors, coefficient, *statistics, eps=eps)
 
         whole = plus_stats == "batch" or torch.compiler.is_compiling() or len(vectors) * len(mean) <= _MOST_POSTERIORS
-        parts = () if whole else vectors.split(max(1, _MOST_POSTERIORS // len(mean)))
+        parts = () if whole else torch.split(vectors, max(1, _MOST_POSTERIORS // len(mean)))
         out = combined(vectors) if whole else torch.cat([combined(part) for part in parts])
         return _restore(out, x, feature_dim, weight, bias)
 

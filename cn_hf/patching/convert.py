@@ -27,6 +27,7 @@ from cn_hf.errors import PatchedAttributeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.convolution import normalized_conv2d
 from cn_hf.norm.em import statistics_dtype
+from cn_hf.norm.layers import check_features
 from cn_hf.patching.routing import ContextRouter, Swapped
 from cn_hf.patching.transformers_norms import (
     FROZEN_BATCH_NORMS,
@@ -223,6 +224,7 @@ class Slot(Swapped):
     near_sequence_first: bool = False  # attention nearby takes (L, N, C), so x may be so
 
     def _context_ids(self, x: Tensor) -> Tensor | None:
+        check_features(self.normalizer, x)  # one channel would broadcast to all
         ids = self.router.ids_for(x)
         if self.router.observer is not None:
             self.router.observer(self, x, ids)
