@@ -28,6 +28,8 @@ __all__ = [
     "nearest",
 ]
 
+_MOST_TOLD, _MOST_COMPARED = 120, 10_000  # of known names: an error is to be read, and soon
+
 
 class CnHfError(Exception):
     """Base class of every error raised by cn_hf on purpose."""
@@ -86,8 +88,9 @@ class TrainingInterruptedError(CnHfError, InterruptedError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Words for an error message: the valid name nearest to ``name`` if one is near, then all valid names."""
+    """Words for an error message: the valid name nearest to ``name`` if one is near, then the valid names."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, options[:_MOST_COMPARED], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Valid: {', '.join(map(repr, options))}."
+    more = f" and {len(options) - _MOST_TOLD} more" if len(options) > _MOST_TOLD else ""
+    return f"{hint}Valid: {', '.join(map(repr, options[:_MOST_TOLD]))}{more}."

@@ -35,6 +35,7 @@ FULL = {
     "init": "random",
     "eps": 1e-4,
     "affine": True,
+    "sparse": True,
     "keep_statistics": False,
     "inference": "average",
     "plus_stats": "batch",

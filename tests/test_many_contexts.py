@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from models_for_tests import difference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import cn_hf
 from cn_hf import ContextNorm
 from cn_hf.norm import functional
 from cn_hf.norm.functional import context_norm_plus
@@ -182,3 +184,11 @@ def test_grown_to_many() -> None:
     add_contexts(model, MANY)
     assert torch.equal(model(x, context_ids=torch.tensor([0, 1])), before)
     assert difference(model(x, context_ids=MANY + 1), before) <= 1e-5
+
+
+def test_the_option_reaches_a_patched_model():
+    model = cn_hf.patch_model(timm.create_model("test_vit"), num_contexts=5, parametrization="table", sparse=True)
+    model(torch.randn(2, 3, 160, 160), context_ids=torch.tensor([1, 3])).sum().backward()
+    gradients = [parameter.grad for parameter in cn_hf.context_parameters(model)]
+    assert all(gradient.is_sparse for gradient in gradients)
+    assert {int(row) for gradient in gradients for row in gradient.coalesce().indices().flatten()} == {1, 3}

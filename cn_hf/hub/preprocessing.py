@@ -89,7 +89,7 @@ def record_preprocessing(
 
 def known_labels(model: Any) -> dict[str, Any]:
     """``label_names`` of a timm model, as its ``config.json`` has them; nothing where it knows none."""
-    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    names: Any = getattr(model, "pretrained_cfg", {}).get("label_names")
     fitting = names and len(names) == getattr(model, "num_classes", None)  # a head may have been replaced since
     return {"label_names": list(names)} if fitting else {}
 

@@ -75,7 +75,7 @@ def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         x, mean = x.to(dtype) - shift, mean - shift
         precision = var.reciprocal()
         # Far beyond every component the square overflows; a vector that far belongs where its bounded one does.
-        largest = precision.detach().amax().clamp_min(1)
+        largest = precision.detach().max().clamp_min(1)
         reach = (torch.finfo(dtype).max / (16 * mean.shape[1] * largest)).sqrt()
         x = x.clamp(-reach, reach)
         constant = (mean.square() * precision + var.log()).sum(dim=1) + mean.shape[1] * math.log(2 * math.pi)

@@ -201,6 +201,7 @@ def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfi
             embedding_dim=config.embedding_dim,
             variance_activation=config.variance_activation,
             init=config.init,
+            sparse=config.sparse,
             **common,
         )
     except CnHfError as error:
