@@ -20,7 +20,7 @@ from cn_hf.hub.card import checkpoint_card, run_card
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 # The other tables and figures show the cells of these.
-RESULTS = [CARDS / "results" / "small" / name / "results.json" for name in ("table5", "table7", "table8")]
+RESULTS = [CARDS / "results" / "small" / name / "results.json" for name in ("table5", "table7", "table8", "table9")]
 
 
 def code_of(card: str) -> str:
@@ -100,10 +100,15 @@ def test_metadata_are_the_hubs(tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "contexts"),
-    [("cn-channels", {"context_names": ["day", 'nig"ht']}), ("cn-channels", {"num_contexts": 2}), ("mn", {})],
+    [
+        ("cn-channels", {"context_names": ["day", 'nig"ht']}),
+        ("cn-channels", {"num_contexts": 2}),
+        ("dsbn", {"num_contexts": 2}),
+        ("mn", {}),
+    ],
 )
 def test_the_code_of_a_card_runs(mode, contexts, tmp_path):
-    where = "input" if mode != "mn" else "paper"
+    where = "input" if mode == "cn-channels" else "paper"
     model = cn_hf.patch_model(timm.create_model("cn_cifar_convnet", num_classes=3), mode=mode, where=where, **contexts)
     folder = cn_hf.save_pretrained(model.eval(), tmp_path / "model")
     card = str(checkpoint_card(model, "me/model"))

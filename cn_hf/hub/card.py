@@ -28,6 +28,7 @@ MODES = {
     "cn-patches": "CN-Patches: the features of tokens are normalised",
     "cn-channels": "CN-Channels: the channels of maps are normalised",
     "cn": "CN-Patches and CN-Channels: features of tokens and channels of maps are normalised",
+    "dsbn": "the rival DSBN: a batch normalization for each context",
     "bn": "the baseline BN: batch normalization",
     "mn": "the baseline MN: mixture normalization",
 }
@@ -68,11 +69,10 @@ def checkpoint_card(model: nn.Module, repo_id: str, *, norms_only: bool = False)
     origin = base_origin(model).get("id")
     data = _metadata(repo_id, library=base["library"], base_model=origin)
     names = config.context_names
-    told = () if config.mode in BASELINES else names
     body = [*facts, *_contexts(config.mode, names, config.num_contexts, None)]
     sections = {
         "Model": body,
-        "Use": _use(repo_id, told, input_size_of(model), needs_base=norms_only and origin is None),
+        "Use": _use(repo_id, config.mode, names, input_size_of(model), needs_base=norms_only and origin is None),
         "Limits": _LIMITS,
     }
     return _card(data, repo_id, sections)
@@ -94,7 +94,6 @@ def run_card(results: Mapping[str, Any], repo_id: str) -> ModelCard:
         if config["mode"] not in MODES:
             raise ConfigError("the run trained a network without contexts: there is no context-normalized checkpoint.")
         names = data.get("context_names")
-        told = names if config["mode"] not in BASELINES else ()
         sections = {
             "Model": [
                 f"- network: `{config['model']}`, {network['parameters']:,} parameters, "
@@ -103,7 +102,7 @@ def run_card(results: Mapping[str, Any], repo_id: str) -> ModelCard:
                 f"({_listed([slot['name'] for slot in network['slots']], 3)})",
                 *_contexts(config["mode"], names, _count_of(results), config.get("contexts")),
             ],
-            "Use": _use(repo_id, told, data["input_size"], needs_base=False),
+            "Use": _use(repo_id, config["mode"], names, data["input_size"], needs_base=False),
             "Data": _data(config, data),
             "Training": _training(results),
             "Results": _results(results),
@@ -139,10 +138,11 @@ def _contexts(mode: str, names: Sequence[str] | None, count: int, source: str | 
     return [f"- contexts: {len(names)}{derived}: {_listed(names, MANY)}"]
 
 
-def _use(repo_id: str, names: Sequence[str] | None, size: Sequence[int], *, needs_base: bool) -> list[str]:
-    """How to load and call it; ``names`` are None where contexts have none, and empty where there are no contexts."""
+def _use(repo_id: str, mode: str, names: Sequence[str] | None, size: Sequence[int], *, needs_base: bool) -> list[str]:
+    """How to load and call it, with a context and without, as far as the mode knows contexts and can do without."""
     context = json.dumps(names[0], ensure_ascii=False) if names else "0"
-    known = [f"known = model(images, context_ids={context})  # the context is known", "unknown = model(images)  # not"]
+    calls = [f"known = model(images, context_ids={context})  # the context is known"] if mode not in BASELINES else []
+    calls += [] if mode == "dsbn" else ["unknown = model(images)  # it is not"] if calls else ["output = model(images)"]
     model = ", model=base" if needs_base else ""
     given = ["`base` is a copy of the base model.", ""] if needs_base else []
     return [
@@ -152,7 +152,7 @@ def _use(repo_id: str, names: Sequence[str] | None, size: Sequence[int], *, need
         "",
         f'model = cn_hf.from_pretrained("{repo_id}"{model})',
         f"images = torch.randn(1, {', '.join(map(str, size))})  # one image, normalised as in training",
-        *(known if names is None or len(names) else ["output = model(images)"]),
+        *calls,
         "```",
         "",
         f"On image files: `cn-hf predict {repo_id} IMAGE.jpg`. What it is: `cn-hf inspect {repo_id}`.",
