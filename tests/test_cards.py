@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 # The other tables and figures show the cells of these.
 RESULTS = [CARDS / "results" / "small" / name / "results.json" for name in ("table5", "table7", "table8", "table9")]
+SIAMESE = ("cameras", "views")
 
 
 def code_of(card: str) -> str:
@@ -42,7 +43,24 @@ def numbers(value: object) -> set[float]:
 
 def test_each_card_has_its_results():
     made = {name for path in RESULTS for name in experiment_cards(json.loads(path.read_text()))}
-    assert {card.stem for card in CARDS.glob("*.md")} == made
+    assert {card.stem for card in CARDS.glob("*.md")} == made | {f"daynight-{name}" for name in SIAMESE}
+
+
+@pytest.mark.parametrize("name", SIAMESE)
+def test_the_card_of_a_siamese_run(name, tmp_path):
+    path = CARDS / "results" / "daynight" / name / "results.json"
+    (written,) = write_cards(path, tmp_path)
+    text = written.read_text()
+    assert text == (CARDS / written.name).read_text()
+    network = list(json.loads(path.read_text())["networks"].values())[-1]
+    found = re.findall(r"^\| (.+?) \| ([\d.]+) ± ([\d.]+) \| (.+) \| ([\d,]+) \|$", text, flags=re.MULTILINE)
+    assert [row[0] for row in found] == list(network["held_out"])
+    for (_, accuracy, error, area, n), values in zip(found, network["held_out"].values(), strict=True):
+        assert float(accuracy) == pytest.approx(100 * values["accuracy"], abs=0.005)
+        assert float(error) == pytest.approx(100 * values["accuracy_error"], abs=0.005)
+        assert int(n.replace(",", "")) == values["pairs"]
+        assert area == "–" or float(area) == pytest.approx(100 * values["roc_auc"], abs=0.005)
+    assert ModelCard(text).data.pipeline_tag == "image-feature-extraction"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.parent.name}-{path.parent.name}")

@@ -48,7 +48,7 @@ def _measured(cell: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def write_cards(results_file: Path, folder: Path) -> list[Path]:
-    """Write the cards of an experiment, ``NAME.md`` each.
+    """Write the cards of an experiment, or the one of a single run's results, ``NAME.md`` each.
 
     Raises:
         CheckpointError: the results cannot be read, or the folder cannot be written to.
@@ -56,6 +56,11 @@ def write_cards(results_file: Path, folder: Path) -> list[Path]:
     """
     try:
         content = json.loads(results_file.read_bytes())
-        return [write_whole(folder / f"{name}.md", text.encode()) for name, text in experiment_cards(content).items()]
+        if "networks" in content:
+            name = f"{results_file.parent.parent.name}-{results_file.parent.name}"
+            cards = {name: str(run_card(content, f"{ORGANISATION}/{name}"))}
+        else:
+            cards = experiment_cards(content)
+        return [write_whole(folder / f"{name}.md", text.encode()) for name, text in cards.items()]
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cards of {results_file} in {folder}: {error}") from error

@@ -90,6 +90,10 @@ def run_card(results: Mapping[str, Any], repo_id: str) -> ModelCard:
         ConfigError: the results lack what a card tells, or are those of a network without contexts.
     """
     try:
+        verifies = "networks" in results  # of a Siamese run: the checkpoint is its last network
+        if verifies:
+            name, last = list(results["networks"].items())[-1]
+            results = {**results, "network": last["network"], "history": {name: last["history"]}}
         config, data, network = results["config"], results["data"], results["network"]
         if config["mode"] not in MODES:
             raise ConfigError("the run trained a network without contexts: there is no context-normalized checkpoint.")
@@ -102,17 +106,22 @@ def run_card(results: Mapping[str, Any], repo_id: str) -> ModelCard:
                 f"({_listed([slot['name'] for slot in network['slots']], 3)})",
                 *_contexts(config["mode"], names, _count_of(results), config.get("contexts")),
             ],
-            "Use": _use(repo_id, config["mode"], names, data["input_size"], needs_base=False),
+            "Use": _use(repo_id, config["mode"], names, data["input_size"], needs_base=False, verifies=verifies),
             "Data": _data(config, data),
             "Training": _training(results),
-            "Results": _results(results),
-            "Limits": [*_limits_of(results), *_LIMITS],
+            "Results": _verification(results, last) if verifies else _results(results),
+            "Limits": _VERIFICATION_LIMITS if verifies else [*_limits_of(results), *_LIMITS],
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"these results lack what a card tells: {error!r}. was the file written by cn_hf?") from error
     library = "transformers" if "/" in str(config["model"]) and ":" not in str(config["model"]) else "timm"
     metadata = _metadata(
-        repo_id, library=library, datasets=_hub_ids(config["dataset"]), evaluation=_index(results), base_model=None
+        repo_id,
+        library=library,
+        datasets=_hub_ids(config["dataset"]),
+        evaluation=_index(results),
+        base_model=None,
+        task="image-feature-extraction" if verifies else "image-classification",
     )
     return _card(metadata, repo_id, sections)
 
@@ -126,6 +135,36 @@ _LIMITS = [
     "which is told the same contexts, not with the baseline.",
 ]
 
+_VERIFICATION_LIMITS = [
+    "- Made for telling whether two images like those it was trained on show the same object; nothing else was looked "
+    "at, fairness included.",
+]
+
+
+def _verification(results: Mapping[str, Any], network: Mapping[str, Any]) -> list[str]:
+    """Held-out pairs, and what restyling does to the statistics of held-out images."""
+    lines = [
+        f"Pairs of the {results['held_out_split']} split; the threshold was chosen on validation pairs; ± is the "
+        "binomial standard error.",
+        "",
+        "| pairs | accuracy, % | ROC AUC, % | n |",
+        "|---|--:|--:|--:|",
+    ]
+    for group, found in network["held_out"].items():
+        accuracy, n = found["correct"] / found["pairs"], found["pairs"]
+        error = 100 * (accuracy * (1 - accuracy) / n) ** 0.5
+        area = "–" if found["roc_auc"] is None else f"{100 * found['roc_auc']:.2f}"
+        lines.append(f"| {group} | {100 * accuracy:.2f} ± {error:.2f} | {area} | {n:,} |")
+    lines.append("")
+    for shift in network["restyling"]:
+        before, after = shift["distance_before"], shift["distance_after"]
+        lines.append(
+            f"- {shift['source']} restyled as {shift['target']}: the channels' means are {after[0]:.1f} of 255 levels "
+            f"from real {shift['target']} images' ({before[0]:.1f} before), the standard deviations {after[1]:.1f} "
+            f"({before[1]:.1f} before), over {shift['images']} images."
+        )
+    return lines
+
 
 def _contexts(mode: str, names: Sequence[str] | None, count: int, source: str | None) -> list[str]:
     if mode == "mn":
@@ -138,12 +177,25 @@ def _contexts(mode: str, names: Sequence[str] | None, count: int, source: str | 
     return [f"- contexts: {len(names)}{derived}: {_listed(names, MANY)}"]
 
 
-def _use(repo_id: str, mode: str, names: Sequence[str] | None, size: Sequence[int], *, needs_base: bool) -> list[str]:
+def _use(
+    repo_id: str,
+    mode: str,
+    names: Sequence[str] | None,
+    size: Sequence[int],
+    *,
+    needs_base: bool,
+    verifies: bool = False,
+) -> list[str]:
     """How to load and call it, with a context and without, as far as the mode knows contexts and can do without."""
     context = json.dumps(names[0], ensure_ascii=False) if names else "0"
     calls = [f"known = model(images, context_ids={context})  # the context is known"] if mode not in BASELINES else []
     calls += [] if mode == "dsbn" else ["unknown = model(images)  # it is not"] if calls else ["output = model(images)"]
     model = ", model=base" if needs_base else ""
+    on_files = f"On image files: `cn-hf predict {repo_id} IMAGE.jpg`."
+    if verifies:
+        on_files = (
+            f"Images in the style of a context: `cn-hf restyle IMAGE.jpg --model {repo_id} --to {context} -o OUT`."
+        )
     given = ["`base` is a copy of the base model.", ""] if needs_base else []
     return [
         *given,
@@ -155,16 +207,17 @@ def _use(repo_id: str, mode: str, names: Sequence[str] | None, size: Sequence[in
         *calls,
         "```",
         "",
-        f"On image files: `cn-hf predict {repo_id} IMAGE.jpg`. What it is: `cn-hf inspect {repo_id}`.",
+        f"{on_files} What it is: `cn-hf inspect {repo_id}`.",
     ]
 
 
 def _data(config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     images = ", ".join(f"{split} {count:,}" for split, count in data["images"].items())
     size = " x ".join(str(side) for side in data["input_size"])
+    count = f"{data['num_classes']} classes" if "num_classes" in data else f"{data['identities']['train']} identities"
     lines = [
         f"- {', '.join(f'`{name}`' for name in config['dataset'])}; images: {images}",
-        f"- {data['num_classes']} classes, images of {size} (channels, height, width)",
+        f"- {count}, images of {size} (channels, height, width)",
     ]
     skipped = sum(len(rows) for rows in data.get("skipped", {}).values())
     return [*lines, f"- {skipped:,} unreadable images left out"] if skipped else lines
@@ -239,7 +292,9 @@ def _count(numbers: Any) -> str:
 
 
 def _hub_ids(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
+    # A relative folder looks like an id; these are what folders of data are called, and no owners on the Hub.
+    folders = (".", "/", "~", "data/", "datasets/", "runs/")
+    return [name for name in names if name.count("/") == 1 and not name.startswith(folders)]
 
 
 def _index(results: Mapping[str, Any]) -> list[EvalResult]:
@@ -272,11 +327,12 @@ def _metadata(
     base_model: str | None,
     datasets: Sequence[str] = (),
     evaluation: Sequence[EvalResult] = (),
+    task: str = "image-classification",
 ) -> ModelCardData:
     return ModelCardData(
         library_name=library if library in ("timm", "transformers") else None,
-        pipeline_tag="image-classification",
-        tags=["cn_hf", "context-normalization", "image-classification"],
+        pipeline_tag=task,
+        tags=["cn_hf", "context-normalization", task],
         datasets=list(datasets) or None,
         base_model=base_model,
         model_name=repo_id.rsplit("/", 1)[-1] if evaluation else None,
@@ -287,7 +343,8 @@ def _metadata(
 def _card(metadata: ModelCardData, repo_id: str, sections: Mapping[str, Sequence[str]]) -> ModelCard:
     title = f"# {repo_id.rsplit('/', 1)[-1]}"
     about = (
-        "An image classifier with [Context Normalization]("
+        f"An image {'classifier' if metadata.pipeline_tag == 'image-classification' else 'encoder'} with "
+        "[Context Normalization]("
         f"{PAPER}): each sample is normalised with the learned mean and variance of its context. Made with "
         "the Python package `cn_hf`, which loads it; without it, timm and transformers refuse this checkpoint."
     )

@@ -21,7 +21,9 @@ __all__ = ["RunFiles", "push_run", "run_files"]
 
 CHECKPOINT = "checkpoint"
 RESULTS = "results.json"
-EXTRAS = ("config.yaml", "table.md", "curves.png", "protocols.png", RESULTS)
+EXTRAS = (
+    "config.yaml", "table.md", "report.md", "curves.png", "protocols.png", "contexts.png", "contact_sheet.png", RESULTS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
