@@ -66,7 +66,7 @@ def checkpoint_card(model: nn.Module, repo_id: str, *, norms_only: bool = False)
     ]
     if norms_only:
         facts.append("- The checkpoint holds the added parameters alone; they are applied to a copy of the base model.")
-    origin = base_origin(model).get("id")
+    origin = base_origin(model).get("id") if norms_only or base["library"] == "transformers" else None
     data = _metadata(repo_id, library=base["library"], base_model=origin)
     names = config.context_names
     body = [*facts, *_contexts(config.mode, names, config.num_contexts, None)]

@@ -116,7 +116,9 @@ def save_pretrained(
 
             content = timm_config(model, model_args=model_args, model_config=known_labels(model))
             write_whole(path / "config.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-        _write_description(model, path, base | _origin(model, base_id), names, source, norms_only)
+        # timm names a repository also for a model whose weights are not from there; a whole checkpoint needs none.
+        origin = _origin(model, base_id) if norms_only or base_id or base["library"] == "transformers" else {}
+        _write_description(model, path, base | origin, names, source, norms_only)
     except CheckpointError:
         raise
     except OSError as error:

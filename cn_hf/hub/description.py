@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,15 @@ from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
 from cn_hf.patching.routing import ContextSourceLike, router_of
 
-__all__ = ["CONFIG_FILE", "SOURCE_FOLDER", "Description", "attach_source", "context_source_of", "read_description"]
+__all__ = [
+    "CONFIG_FILE",
+    "SOURCE_FOLDER",
+    "Description",
+    "attach_source",
+    "context_source_of",
+    "described",
+    "read_description",
+]
 
 FORMAT = 1  # raised when a release can no longer be read by the ones before
 CONFIG_FILE = "context_norm.json"
@@ -130,17 +138,13 @@ def attach_source(model: nn.Module, folder: Path, description: Description) -> N
         CheckpointError: a file of the source is missing or damaged.
     """
     router = router_of(model)
-    router.pixel_mean, router.pixel_std = _numbers(description.pixel_mean), _numbers(description.pixel_std)
+    router.pixel_mean, router.pixel_std = description.pixel_mean, description.pixel_std
     router.source = None
     if description.context_source:
         try:
             router.source = cast(ContextSourceLike, ContextSource.load(folder / SOURCE_FOLDER))
         except ContextSourceError as error:
             warnings.warn(f"The checkpoint's context source is not attached: {error}", UserWarning, stacklevel=4)
-
-
-def _numbers(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
 
 
 def described(values: Mapping[str, Any]) -> str:
