@@ -13,12 +13,15 @@ results come back in the dtype of ``x``.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from cn_hf.norm import formulas, kernels
 from cn_hf.norm.choices import check_choice
 from cn_hf.norm.em import (
     Mixture,
@@ -41,6 +44,7 @@ from cn_hf.norm.em import (
 __all__ = [
     "Mixture",
     "MixtureStatistics",
+    "Standardization",
     "component_statistics",
     "context_norm",
     "context_norm_plus",
@@ -52,6 +56,7 @@ __all__ = [
     "mixture_norm",
     "mixture_statistics",
     "mixture_update",
+    "norm_shift_scale",
     "posteriors",
     "seed_mixture",
     "shift_scale",
@@ -61,44 +66,11 @@ __all__ = [
 _MOST_POSTERIORS = 2**24  # of contexts times vectors at a time, 64 MiB a copy: not all posteriors need to fit at once
 
 
-class _ShiftScale(torch.autograd.Function):
-    """``(x - center) * scale + offset`` that keeps ``x`` alone for backward; the other arguments broadcast to ``x``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        return _shift_scale_formula(x, center, scale, offset)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's untyped protocol
-        x, center, scale, offset = inputs
-        ctx.save_for_backward(x, center, scale)
-        ctx.has_offset = offset is not None
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # torch's untyped protocol
-        x, center, scale = ctx.saved_tensors
-        need_x, need_center, need_scale, need_offset = ctx.needs_input_grad
-        wide = grad.to(scale.dtype)
-        grad_x = (wide * scale).to(x.dtype) if need_x else None
-        grad_sum = wide.sum_to_size(center.shape) if need_center or (need_offset and ctx.has_offset) else None
-        grad_center = -(grad_sum * scale) if need_center else None
-        grad_scale = (wide * (x - center)).sum_to_size(scale.shape) if need_scale else None
-        return grad_x, grad_center, grad_scale, grad_sum if need_offset and ctx.has_offset else None
-
-
-def _shift_scale_formula(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    centered = x - center
-    out = centered * scale if offset is None else torch.addcmul(offset, centered, scale)
-    return out.to(x.dtype)
-
-
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, feature_dim: int) -> Tensor:
     """``(x - center) * scale + offset`` with one row of coefficients a sample.
 
     Subtracting first keeps full precision where ``|mean|`` is much larger than the standard deviation. Backward needs
-    ``x`` only, and reduces over all positions of a sample before anything is summed over samples.
+    ``x`` only, and reduces over all positions of a sample before anything is summed over samples. See ``kernels``.
 
     Args:
         x: ``(N, ..., C)`` or ``(N, C, ...)``, floating point.
@@ -110,14 +82,48 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    shape = [1] * x.dim()
-    shape[0], shape[feature_dim] = center.shape
-    center, scale = center.reshape(shape), scale.reshape(shape)
-    offset = None if offset is None else offset.reshape(shape)
-    if torch.compiler.is_compiling():  # the compiler derives and fuses the same backward itself
-        return _shift_scale_formula(x, center, scale, offset)
-    out: Tensor = _ShiftScale.apply(x, center, scale, offset)
-    return out
+    if torch.compiler.is_compiling() or _looked_into(
+        x, center, scale, offset
+    ):  # a compiler fuses it with its neighbours
+        return formulas.shift_scale(x, center, scale, offset, feature_dim)
+    return kernels.shift_scale(x, center, scale, offset, feature_dim)
+
+
+def norm_shift_scale(
+    x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, eps: float, centered: bool
+) -> Tensor:
+    """``shift_scale`` of ``x`` standardised over its last axis: a layer norm (or RMS norm) and what follows, in one.
+
+    Backward needs ``x`` and two numbers a vector, as that of the layer norm alone does.
+
+    Args:
+        x: ``(N, ..., C)``, floating point.
+        center: ``(N, C)`` or ``(1, C)``, float32 at least.
+        scale: same shape and dtype as ``center``.
+        offset: same shape and dtype as ``center``, or None.
+        eps: added to the variance (or mean square) of each vector.
+        centered: subtract each vector's mean, as a layer norm does; an RMS norm does not.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    if torch.compiler.is_compiling():
+        opaque = not torch.compiler.is_exporting() and kernels.fused(x.device.type, x.dtype)
+    else:
+        opaque = not _looked_into(x, center, scale, offset)
+    if not opaque:
+        return formulas.composed(x, center, scale, offset, eps, centered)
+    return kernels.norm_shift_scale(x, center, scale, offset, eps, centered)
+
+
+def _looked_into(*tensors: Tensor | None) -> bool:
+    """Whether torch must see its own operators: to trace or transform them, or for subclasses with their own rules."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None)
+    )
 
 
 def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = False) -> Tensor:
@@ -137,6 +143,16 @@ def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = Fal
         with full_precision(table.device):
             return context_ids.to(table.dtype) @ table
     return F.embedding(context_ids, table, sparse=sparse and not torch.compiler.is_compiling())
+
+
+class Standardization(NamedTuple):
+    """What each feature vector is brought to mean 0 and variance 1 by (``centered``: layer norm), or mean square 1.
+
+    ``eps`` is added to its variance or mean square.
+    """
+
+    centered: bool
+    eps: float
 
 
 def context_norm(
@@ -182,13 +198,21 @@ def normalize_rows(
     feature_dim: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    standardize: Standardization | None = None,
 ) -> Tensor:
-    """Eq. 8 with the statistics of each sample already looked up: ``mean`` and ``var`` are ``(N, C)`` or ``(1, C)``."""
+    """Eq. 8 with the statistics of each sample already looked up: ``mean`` and ``var`` are ``(N, C)`` or ``(1, C)``.
+
+    With ``standardize`` each vector of ``x`` is standardised over its features first, in the same pass.
+    """
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
     offset = None if bias is None else bias.to(scale.dtype).expand_as(scale)
-    return shift_scale(x, mean, scale, offset, feature_dim=feature_dim)
+    if standardize is None:
+        return shift_scale(x, mean, scale, offset, feature_dim=feature_dim)
+    tokens = x.movedim(feature_dim, -1)
+    out = norm_shift_scale(tokens, mean, scale, offset, eps=standardize.eps, centered=standardize.centered)
+    return out.movedim(-1, feature_dim)
 
 
 def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = False) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
 from cn_hf.norm.choices import check_choice
 from cn_hf.norm.em import full_precision, statistics_dtype
-from cn_hf.norm.functional import context_norm_plus, context_rows, normalize_rows
+from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
 
 __all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features"]
@@ -350,9 +350,18 @@ class ContextNorm(FeatureNorm):
         return self.normalize(x, ids)
 
     def normalize(
-        self, x: Tensor, ids: Tensor | None, *, weight: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        ids: Tensor | None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        standardize: Standardization | None = None,
     ) -> Tensor:
-        """``forward`` for ids checked already, and with an affine map ``(C,)`` of the caller's where one is given."""
+        """``forward`` for ids checked already, and with an affine map ``(C,)`` of the caller's where one is given.
+
+        With ids, ``standardize`` does what a layer norm before this layer would, in the same pass over ``x``.
+        """
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
         if ids is None:
@@ -382,6 +391,7 @@ class ContextNorm(FeatureNorm):
             feature_dim=self.feature_dim,
             weight=weight,
             bias=bias,
+            standardize=standardize,
         )
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,21 +14,21 @@ Shape legend: ``N`` samples, ``C`` features; maps are ``(N, C, H, W)``, tokens `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import PatchedAttributeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.convolution import normalized_conv2d
 from cn_hf.norm.em import statistics_dtype
+from cn_hf.norm.formulas import standardized
 from cn_hf.norm.layers import check_features
 from cn_hf.patching.routing import ContextRouter, Swapped
+from cn_hf.patching.standardize import LAYER, RMS, PerVector, Standardize, group, instance, simple, simple_of_maps
 from cn_hf.patching.transformers_norms import (
     FROZEN_BATCH_NORMS,
     GROUP_NORMS,
@@ -42,45 +42,7 @@ __all__ = ["MIXING", "NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance
 
 NORMALIZERS = (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)
 
-Standardize = Callable[[Any, Tensor], Tensor]
-
-
 # ---------------------------------------------------------------------------------------------------------- the table
-
-
-def _layer_norm(norm: Any, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
-
-
-def _group_norm(norm: Any, x: Tensor) -> Tensor:
-    return F.group_norm(x, norm.num_groups, None, None, norm.eps)
-
-
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.normalized_shape, None, norm.eps)
-
-
-def _simple_norm(norm: Any, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.var(dim=-1, keepdim=True) + norm.eps)
-
-
-def _root_mean_square(norm: Any, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
-
-
-def _instance_norm(norm: Any, x: Tensor) -> Tensor:
-    return F.instance_norm(x, None, None, None, None, True, 0.0, norm.eps)
-
-
-def _on_maps(standardize: Standardize) -> Standardize:
-    def on_maps(norm: Any, x: Tensor) -> Tensor:
-        return standardize(norm, x.movedim(1, -1)).movedim(-1, 1)
-
-    return on_maps
-
-
-def _layer_norm_of_format(norm: Any, x: Tensor) -> Tensor:
-    return (_LAYER_MAPS if norm.data_format == "channels_first" else _layer_norm)(norm, x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +68,15 @@ class NormEntry:
         given = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
         return next((float(eps) for eps in given if eps is not None), 1e-5 if self.standardize is None else 1e-6)
 
+    def standardized(self, norm: Any, x: Tensor) -> Tensor:
+        """``x``, float32 at least, as a norm of this class standardises it; ``x`` itself where it stores statistics."""
+        if self.standardize is None:
+            return x
+        if not isinstance(self.standardize, PerVector):
+            return self.standardize(norm, x)
+        axis, how = self.axis(norm), self.standardize.of(norm, x.dtype)
+        return standardized(x.movedim(axis, -1), how.eps, how.centered).movedim(-1, axis)
+
     def num_features(self, norm: Any) -> int:
         """``C`` of a norm of this class."""
         for attribute in ("num_features", "num_channels"):
@@ -119,7 +90,7 @@ class NormEntry:
         """Why this very norm cannot be swapped, or None."""
         if self.standardize is None and norm.running_mean is None:
             return "it keeps no running statistics (track_running_stats=False) to start from"
-        if self.standardize is _instance_norm and getattr(norm, "track_running_stats", False):
+        if self.standardize is instance and getattr(norm, "track_running_stats", False):
             return "an instance norm that tracks running statistics changes its meaning in evaluation"
         if len(getattr(norm, "normalized_shape", (1,))) != 1:
             return f"it normalises over several axes, normalized_shape={tuple(norm.normalized_shape)}"
@@ -128,7 +99,6 @@ class NormEntry:
 
 _STORED_MAPS = NormEntry(1, None)
 _STORED_MAPS_ACT = NormEntry(1, None, fused=True)
-_LAYER_MAPS, _RMS_MAPS = _on_maps(_layer_norm), _on_maps(_rms_norm)
 
 NORMS: dict[str, NormEntry] = {
     "torch.nn.modules.batchnorm.BatchNorm1d": _STORED_MAPS,
@@ -138,48 +108,48 @@ NORMS: dict[str, NormEntry] = {
     "timm.layers.norm_act.BatchNormAct2d": _STORED_MAPS_ACT,
     "timm.layers.norm_act.SyncBatchNormAct": _STORED_MAPS_ACT,
     "timm.layers.norm_act.FrozenBatchNormAct2d": _STORED_MAPS_ACT,
-    "torch.nn.modules.normalization.LayerNorm": NormEntry(-1, _layer_norm),
-    "torch.nn.modules.normalization.RMSNorm": NormEntry(-1, _rms_norm),
-    "torch.nn.modules.normalization.GroupNorm": NormEntry(1, _group_norm),
-    "torch.nn.modules.instancenorm.InstanceNorm1d": NormEntry(1, _instance_norm),
-    "torch.nn.modules.instancenorm.InstanceNorm2d": NormEntry(1, _instance_norm),
-    "torch.nn.modules.instancenorm.InstanceNorm3d": NormEntry(1, _instance_norm),
-    "timm.layers.norm.LayerNorm": NormEntry(-1, _layer_norm),
-    "timm.layers.norm.LayerNormFp32": NormEntry(-1, _layer_norm),
-    "timm.layers.norm.LayerNorm2d": NormEntry(1, _LAYER_MAPS),
-    "timm.layers.norm.LayerNorm2dFp32": NormEntry(1, _LAYER_MAPS),
-    "timm.layers.norm.LayerNormExp2d": NormEntry(1, _LAYER_MAPS),
-    "timm.layers.norm.GroupNorm": NormEntry(1, _group_norm),
-    "timm.layers.norm.GroupNorm1": NormEntry(1, _group_norm),
-    "timm.layers.norm.RmsNorm": NormEntry(-1, _rms_norm),
-    "timm.layers.norm.RmsNormFp32": NormEntry(-1, _rms_norm),
-    "timm.layers.norm.RmsNorm2d": NormEntry(1, _RMS_MAPS),
-    "timm.layers.norm.RmsNorm2dFp32": NormEntry(1, _RMS_MAPS),
-    "timm.layers.norm.SimpleNorm": NormEntry(-1, _simple_norm),
-    "timm.layers.norm.SimpleNormFp32": NormEntry(-1, _simple_norm),
-    "timm.layers.norm.SimpleNorm2d": NormEntry(1, _on_maps(_simple_norm)),
-    "timm.layers.norm.SimpleNorm2dFp32": NormEntry(1, _on_maps(_simple_norm)),
-    "timm.layers.norm_act.LayerNormAct": NormEntry(-1, _layer_norm, fused=True),
-    "timm.layers.norm_act.LayerNormActFp32": NormEntry(-1, _layer_norm, fused=True),
-    "timm.layers.norm_act.LayerNormAct2d": NormEntry(1, _LAYER_MAPS, fused=True),
-    "timm.layers.norm_act.LayerNormAct2dFp32": NormEntry(1, _LAYER_MAPS, fused=True),
-    "timm.layers.norm_act.GroupNormAct": NormEntry(1, _group_norm, fused=True),
-    "timm.layers.norm_act.GroupNorm1Act": NormEntry(1, _group_norm, fused=True),
-    "timm.layers.norm_act.RmsNormAct": NormEntry(-1, _rms_norm, fused=True),
-    "timm.layers.norm_act.RmsNormActFp32": NormEntry(-1, _rms_norm, fused=True),
-    "timm.layers.norm_act.RmsNormAct2d": NormEntry(1, _RMS_MAPS, fused=True),
-    "timm.layers.norm_act.RmsNormAct2dFp32": NormEntry(1, _RMS_MAPS, fused=True),
-    "timm.models.metaformer.GroupNorm1NoBias": NormEntry(1, _group_norm),
-    "timm.models.metaformer.LayerNorm2dNoBias": NormEntry(1, _LAYER_MAPS),
-    "timm.models.metaformer.LayerNormNoBias": NormEntry(-1, _layer_norm),
+    "torch.nn.modules.normalization.LayerNorm": NormEntry(-1, LAYER),
+    "torch.nn.modules.normalization.RMSNorm": NormEntry(-1, RMS),
+    "torch.nn.modules.normalization.GroupNorm": NormEntry(1, group),
+    "torch.nn.modules.instancenorm.InstanceNorm1d": NormEntry(1, instance),
+    "torch.nn.modules.instancenorm.InstanceNorm2d": NormEntry(1, instance),
+    "torch.nn.modules.instancenorm.InstanceNorm3d": NormEntry(1, instance),
+    "timm.layers.norm.LayerNorm": NormEntry(-1, LAYER),
+    "timm.layers.norm.LayerNormFp32": NormEntry(-1, LAYER),
+    "timm.layers.norm.LayerNorm2d": NormEntry(1, LAYER),
+    "timm.layers.norm.LayerNorm2dFp32": NormEntry(1, LAYER),
+    "timm.layers.norm.LayerNormExp2d": NormEntry(1, LAYER),
+    "timm.layers.norm.GroupNorm": NormEntry(1, group),
+    "timm.layers.norm.GroupNorm1": NormEntry(1, group),
+    "timm.layers.norm.RmsNorm": NormEntry(-1, RMS),
+    "timm.layers.norm.RmsNormFp32": NormEntry(-1, RMS),
+    "timm.layers.norm.RmsNorm2d": NormEntry(1, RMS),
+    "timm.layers.norm.RmsNorm2dFp32": NormEntry(1, RMS),
+    "timm.layers.norm.SimpleNorm": NormEntry(-1, simple),
+    "timm.layers.norm.SimpleNormFp32": NormEntry(-1, simple),
+    "timm.layers.norm.SimpleNorm2d": NormEntry(1, simple_of_maps),
+    "timm.layers.norm.SimpleNorm2dFp32": NormEntry(1, simple_of_maps),
+    "timm.layers.norm_act.LayerNormAct": NormEntry(-1, LAYER, fused=True),
+    "timm.layers.norm_act.LayerNormActFp32": NormEntry(-1, LAYER, fused=True),
+    "timm.layers.norm_act.LayerNormAct2d": NormEntry(1, LAYER, fused=True),
+    "timm.layers.norm_act.LayerNormAct2dFp32": NormEntry(1, LAYER, fused=True),
+    "timm.layers.norm_act.GroupNormAct": NormEntry(1, group, fused=True),
+    "timm.layers.norm_act.GroupNorm1Act": NormEntry(1, group, fused=True),
+    "timm.layers.norm_act.RmsNormAct": NormEntry(-1, RMS, fused=True),
+    "timm.layers.norm_act.RmsNormActFp32": NormEntry(-1, RMS, fused=True),
+    "timm.layers.norm_act.RmsNormAct2d": NormEntry(1, RMS, fused=True),
+    "timm.layers.norm_act.RmsNormAct2dFp32": NormEntry(1, RMS, fused=True),
+    "timm.models.metaformer.GroupNorm1NoBias": NormEntry(1, group),
+    "timm.models.metaformer.LayerNorm2dNoBias": NormEntry(1, LAYER),
+    "timm.models.metaformer.LayerNormNoBias": NormEntry(-1, LAYER),
     "torchvision.ops.misc.FrozenBatchNorm2d": _STORED_MAPS,
-    "torchvision.models.convnext.LayerNorm2d": NormEntry(1, _LAYER_MAPS),
-    **dict.fromkeys(LAYER_NORMS_OF_FORMAT, NormEntry(-1, _layer_norm_of_format)),
-    **dict.fromkeys(LAYER_NORMS_OF_MAPS, NormEntry(1, _LAYER_MAPS)),
-    **dict.fromkeys(ROOT_MEAN_SQUARE_NORMS, NormEntry(-1, _root_mean_square)),
+    "torchvision.models.convnext.LayerNorm2d": NormEntry(1, LAYER),
+    **dict.fromkeys(LAYER_NORMS_OF_FORMAT, NormEntry(-1, LAYER)),
+    **dict.fromkeys(LAYER_NORMS_OF_MAPS, NormEntry(1, LAYER)),
+    **dict.fromkeys(ROOT_MEAN_SQUARE_NORMS, NormEntry(-1, RMS)),
     **dict.fromkeys(FROZEN_BATCH_NORMS, _STORED_MAPS),
-    **dict.fromkeys(GROUP_NORMS, NormEntry(1, _group_norm)),
-    **dict.fromkeys(GROUP_NORMS_WITH_ACTIVATION, NormEntry(1, _group_norm, fused=True)),
+    **dict.fromkeys(GROUP_NORMS, NormEntry(1, group)),
+    **dict.fromkeys(GROUP_NORMS_WITH_ACTIVATION, NormEntry(1, group, fused=True)),
 }
 """Every norm class cn_hf swaps, by qualified name, so that nothing is imported to look one up."""
 
@@ -306,11 +276,25 @@ class SampleNormSlot(Slot):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise each sample, normalise by context, scale and shift."""
-        wide = x.to(statistics_dtype(x))
-        if self.keep_statistics and self.entry.standardize is not None:
-            wide = self.entry.standardize(self, wide)
-        y = self._normalize(wide, getattr(self, "weight", None), getattr(self, "bias", None)).to(x.dtype)
-        return _finish(self, y, self.entry.fused)
+        affine = {"weight": getattr(self, "weight", None), "bias": getattr(self, "bias", None)}
+        dtype = statistics_dtype(x)
+        norm, standardize = self.normalizer, self.entry.standardize
+        if isinstance(standardize, PerVector) and isinstance(norm, ContextNorm) and self._in_one_pass(x):
+            y = norm.normalize(x, self._context_ids(x), **affine, standardize=standardize.of(self, dtype))
+        else:
+            wide = x.to(dtype)
+            y = self._normalize(self.entry.standardized(self, wide) if self.keep_statistics else wide, **affine)
+        return _finish(self, y.to(x.dtype), self.entry.fused)
+
+    def _in_one_pass(self, x: Tensor) -> bool:
+        """Whether nobody needs to see what is between the standardisation and the normalizer."""
+        router = self.router
+        return (
+            self.keep_statistics
+            and router.observer is None
+            and not (self.near_sequence_first and router.is_sequence_first(x))
+            and router.ids_for(x) is not None
+        )
 
 
 class StoredNormSlot(Slot, nn.Module):

@@ -1,0 +1,123 @@
+"""The operators on a CPU: calls of the compiled kernels, one pass over ``x`` each, for what ``formulas`` computes.
+
+Every function returns None for what the kernels do not know: nothing to compute, or features neither innermost nor with
+a sample's positions right behind them.
+
+Shape legend: as in ``formulas``; ``L`` positions of a sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cn_hf.norm import native
+from cn_hf.norm.formulas import Gradients
+
+__all__ = ["norm_shift_scale", "norm_shift_scale_backward", "shift_scale", "shift_scale_backward"]
+
+_FEWEST_POSITIONS, _MOST_SEGMENTS = 64, 64
+
+
+def _layout(x: Tensor, feature_dim: int) -> tuple[str, int] | None:
+    """Which kernels know how ``x`` lies in memory, and its positions ``L``."""
+    maps = x.movedim(feature_dim, 1)
+    positions = x.numel() // max(1, x.shape[0] * x.shape[feature_dim])
+    if maps.is_contiguous():
+        return "vectors" if positions == 1 else "rows", positions
+    return ("vectors", positions) if maps.movedim(1, -1).is_contiguous() else None
+
+
+def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor | None:
+    """See ``formulas``."""
+    layout = _layout(x, feature_dim)
+    if layout is None or x.numel() == 0:
+        return None
+    kind, positions = layout
+    out, rows = torch.empty_like(x), native.Coefficients.of(center, scale, offset)
+    samples, features = x.shape[0], x.shape[feature_dim]
+    if kind == "rows":
+        native.call("rows_forward", x.dtype, out, x, rows, samples, features, positions)
+    else:
+        native.call("vectors_forward", x.dtype, out, None, None, x, rows, samples, positions, features, 0.0, 0)
+    return out
+
+
+def shift_scale_backward(
+    grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
+) -> Gradients | None:
+    """See ``formulas``."""
+    layout = _layout(x, feature_dim)
+    if layout is None or x.numel() == 0:
+        return None
+    kind, positions = layout
+    grad, rows = _like(grad, x), native.Coefficients.of(center, scale)
+    samples, features = x.shape[0], x.shape[feature_dim]
+    grad_x = torch.empty_like(x) if need_x else None
+    if kind == "rows":
+        sums, dots = (center.new_empty(samples, features) for _ in range(2))
+        native.call("rows_backward", x.dtype, grad_x, sums, dots, grad, x, rows, samples, features, positions)
+    else:
+        segments = _segments(samples, positions)
+        partial = [center.new_empty(samples, segments, features) for _ in range(2)]
+        native.call(
+            "vectors_backward", x.dtype, grad_x, *partial, grad, x, None, None, rows, samples, positions,
+            features, segments, 0,
+        )  # fmt: skip
+        sums, dots = _sum_segments(partial)
+    return grad_x, sums, dots
+
+
+def norm_shift_scale(
+    x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """See ``formulas``."""
+    if x.numel() == 0:
+        return None
+    x = x.contiguous()
+    samples, features = x.shape[0], x.shape[-1]
+    out, rstd = torch.empty_like(x), center.new_empty(x.shape[:-1])
+    mean, rows = torch.empty_like(rstd), native.Coefficients.of(center, scale, offset)
+    native.call(
+        "vectors_forward", x.dtype, out, mean, rstd, x, rows, samples, x.numel() // samples // features, features, eps,
+        int(centered),
+    )  # fmt: skip
+    return out, mean if centered else center.new_empty(0), rstd
+
+
+def norm_shift_scale_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, center: Tensor, scale: Tensor, need_x: bool, centered: bool
+) -> Gradients | None:
+    """See ``formulas``."""
+    if x.numel() == 0:
+        return None
+    x = x.contiguous()
+    grad, rows = _like(grad, x), native.Coefficients.of(center, scale)
+    samples, features = x.shape[0], x.shape[-1]
+    positions = x.numel() // samples // features
+    segments = _segments(samples, positions)
+    grad_x = torch.empty_like(x) if need_x else None
+    partial = [center.new_empty(samples, segments, features) for _ in range(2)]
+    mean = mean if centered else torch.zeros_like(rstd)
+    native.call(
+        "vectors_backward", x.dtype, grad_x, *partial, grad, x, mean, rstd, rows, samples, positions, features,
+        segments, int(centered),
+    )  # fmt: skip
+    return grad_x, *_sum_segments(partial)
+
+
+def _segments(samples: int, positions: int) -> int:
+    """Into how many parts a sample's positions go: by shape alone, so that results depend on nothing else."""
+    return max(1, min(_MOST_SEGMENTS // samples, positions // _FEWEST_POSITIONS))
+
+
+def _sum_segments(partial: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sums, dots = (part[:, 0] if part.shape[1] == 1 else part.sum(1) for part in partial)
+    return sums, dots
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` as ``x`` lies in memory."""
+    if grad.stride() == x.stride() and grad.dtype == x.dtype:
+        return grad
+    return torch.empty_like(x).copy_(grad)
