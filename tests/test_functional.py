@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from cn_hf.errors import CnHfError
 from cn_hf.norm import functional
+from cn_hf.norm.combination import Combination
 from cn_hf.norm.em import Mixture
 
 EPS = 1e-3
@@ -350,8 +351,8 @@ def test_cn_plus_is_mixture_norm_with_equal_priors() -> None:
 
 def test_cn_plus_and_mn_share_one_mixture_routine(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    routine = functional.mixture
-    monkeypatch.setattr(functional, "mixture", lambda *args, **options: calls.append(1) or routine(*args, **options))
+    routine = Combination.apply
+    monkeypatch.setattr(Combination, "apply", lambda *arguments: calls.append(1) or routine(*arguments))
     functional.context_norm_plus(activations((4, 2)), *tables(3, 2))
     functional.mixture_norm(activations((4, 2)), theta_of(3, 2))
     assert len(calls) == 2
@@ -635,7 +636,7 @@ def test_cn_plus_makes_no_t_fold_copy(backward: bool, plus_stats: str, plus_scal
     meter = measured(run)
     unit = 4 * num_vectors * max(num_contexts, num_features)
     assert meter.largest <= 1.1 * unit
-    assert meter.peak <= (25 if backward else 8) * unit, "T-fold would be 96 units"
+    assert meter.peak <= (25 if backward else 10) * unit, "T-fold would be 96 units"
 
 
 def test_mn_makes_no_k_fold_copy() -> None:

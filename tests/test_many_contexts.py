@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cn_hf
 from cn_hf import ContextNorm
-from cn_hf.norm import functional
+from cn_hf.norm import combination
 from cn_hf.norm.functional import context_norm_plus
 
 MANY = 100_000
@@ -154,14 +154,12 @@ def test_making_saving_loading_and_setting(parametrization: str, tmp_path: Path)
 @pytest.mark.parametrize("plus_scale", ["none", "sqrt_t"])
 def test_combining_contexts_in_parts(plus_scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, mean, var = torch.randn(3, 5, 7, 4), torch.randn(11, 4), torch.rand(11, 4) + 0.5
-    whole = context_norm_plus(x, mean, var, plus_scale=plus_scale)
-    for most in (1, 11, 30, 11 * 105 - 1):
-        monkeypatch.setattr(functional, "_MOST_POSTERIORS", most)
-        torch.testing.assert_close(context_norm_plus(x, mean, var, plus_scale=plus_scale), whole)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(context_norm_plus(x, mean, var).square().sum(), x)
-    monkeypatch.undo()
-    torch.testing.assert_close(grad, torch.autograd.grad(context_norm_plus(x, mean, var).square().sum(), x)[0])
+    for tensor, axis in ((x, -1), (x.movedim(-1, 1), 1), (x.movedim(-1, 1).contiguous(), 1), (x.transpose(1, 2), -1)):
+        whole = context_norm_plus(tensor.detach().requires_grad_(), mean, var, plus_scale=plus_scale, feature_dim=axis)
+        for most in (1, 11, 30, 11 * 35, 11 * 105 - 1, 10**6):
+            monkeypatch.setitem(combination._PIECE, "cpu", most)
+            parts = context_norm_plus(tensor, mean, var, plus_scale=plus_scale, feature_dim=axis)
+            torch.testing.assert_close(parts, whole.detach())
 
 
 def test_cn_plus_of_many_contexts_never_holds_all_posteriors() -> None:
@@ -169,7 +167,8 @@ def test_cn_plus_of_many_contexts_never_holds_all_posteriors() -> None:
     x = torch.randn(2, 4, 16, 16)
     with torch.no_grad(), Largest() as largest:
         out = norm(x)
-    assert largest.numel <= functional._MOST_POSTERIORS < MANY * 512
+    tables = norm.mean_table.numel()
+    assert largest.numel <= max(tables, combination._PIECE["cpu"]) < MANY * 512
     assert difference(out, x) <= 1e-4  # all contexts are alike yet
 
 

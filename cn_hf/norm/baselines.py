@@ -98,6 +98,7 @@ class MixtureNorm(FeatureNorm):
         self.reg_covar = reg_covar
         self.seed = seed
         self._fitted: deque[tuple[Tensor, Mixture]] = deque(maxlen=16)  # what the last forwards used, for recomputing
+        self._places: tuple[Any, Tensor] | None = None  # of a batch's kept vectors: no step but the first copies them
         self._seeded = False  # mirrors num_batches_tracked > 0 on the host, so that no step waits for the device
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         shape = (num_components, num_features)
@@ -172,13 +173,12 @@ class MixtureNorm(FeatureNorm):
             first: place of its first vector among those of all processes.
             total: number of those.
         """
-        step = math.ceil(total / self.max_vectors)
-        if step <= 1:
+        if total <= self.max_vectors:
             return vectors
-        starts = torch.arange(0, total - step + 1, step)
-        generator = torch.Generator().manual_seed(self.seed)
-        places = starts + torch.randint(step, starts.shape, generator=generator) - first
-        return vectors[places[(places >= 0) & (places < len(vectors))].to(vectors.device, non_blocking=True)]
+        batch = (len(vectors), first, total, vectors.device)
+        if self._places is None or self._places[0] != batch:
+            self._places = batch, _thinned_places(*batch, self.max_vectors, self.seed)
+        return vectors[self._places[1]]
 
     @torch.no_grad()
     def _track(self, theta: Mixture, mean: Tensor, var: Tensor) -> None:
@@ -204,6 +204,14 @@ class MixtureNorm(FeatureNorm):
     def extra_repr(self) -> str:
         """The options shown by ``print(model)``."""
         return f"{self.num_features}, num_components={self.num_components}, feature_dim={self.feature_dim}"
+
+
+def _thinned_places(count: int, first: int, total: int, device: torch.device, max_vectors: int, seed: int) -> Tensor:
+    """Which of ``count`` vectors, whose first is the ``first`` of ``total``, are kept."""
+    step = math.ceil(total / max_vectors)
+    starts = torch.arange(0, total - step + 1, step)
+    places = starts + torch.randint(step, starts.shape, generator=torch.Generator().manual_seed(seed)) - first
+    return places[(places >= 0) & (places < count)].to(device)
 
 
 class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):

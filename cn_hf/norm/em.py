@@ -20,8 +20,10 @@ from torch import Tensor
 from cn_hf.errors import InputTypeError
 
 __all__ = [
+    "Densities",
     "Mixture",
     "MixtureStatistics",
+    "along_features",
     "data_shift",
     "fit_mixture",
     "full_precision",
@@ -31,6 +33,7 @@ __all__ = [
     "mixture_statistics",
     "mixture_update",
     "place_among_processes",
+    "plus_product",
     "posteriors",
     "seed_mixture",
     "statistics_dtype",
@@ -54,6 +57,59 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def plus_product(added: Tensor, x: Tensor, table: Tensor) -> Tensor:
+    """``added + x @ table`` for vectors ``x``, ``(M, C)``, or the same of maps ``(N, C, L)``, as they lie in memory.
+
+    Args:
+        added: ``(K,)``, or of the result's shape.
+        x: ``(M, C)`` or ``(N, C, L)``.
+        table: ``(C, K)``.
+
+    Returns:
+        ``(M, K)`` or ``(N, K, L)``.
+    """
+    if x.dim() == 2:
+        return torch.addmm(added, x, table)
+    return torch.baddbmm(along_features(added, x), table.T.expand(len(x), -1, -1), x)
+
+
+def along_features(row: Tensor, x: Tensor) -> Tensor:
+    """A row of features, shaped to broadcast to vectors ``(M, C)`` or maps ``(N, C, L)``."""
+    return row[:, None] if row.dim() == 1 and x.dim() == 3 else row
+
+
+class Densities(NamedTuple):
+    """Log-densities of diagonal Gaussians about a shared shift, prepared for many chunks of vectors.
+
+    ``shift`` ``(C,)``, ``squared`` and ``linear`` ``(C, K)``, ``constant`` ``(K,)``; beyond ``reach`` ``()`` the square
+    would overflow, and a vector that far belongs where its bounded one does.
+    """
+
+    shift: Tensor
+    squared: Tensor
+    linear: Tensor
+    constant: Tensor
+    reach: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor, prior: Tensor | None = None, shift: Tensor | None = None) -> Densities:
+        """Of means and positive variances ``(K, C)``, times priors ``(K,)``; without a shift, the mean of the means."""
+        features = mean.shape[1]
+        shift = mean.mean(dim=0) if shift is None else shift
+        mean, precision = mean - shift, var.reciprocal()
+        largest = precision.detach().max().clamp_min(1)
+        reach = (torch.finfo(mean.dtype).max / (16 * features * largest)).sqrt()
+        constant = -0.5 * ((mean.square() * precision + var.log()).sum(dim=1) + features * math.log(2 * math.pi))
+        if prior is not None:
+            constant = constant + prior.to(constant.dtype).log()
+        return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach)
+
+    def log(self, centered: Tensor) -> Tensor:
+        """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from; ``(N, K, L)`` of ``(N, C, L)``."""
+        bounded = centered.clamp(-self.reach, self.reach)
+        return plus_product(plus_product(self.constant, bounded.square(), self.squared), bounded, self.linear)
+
+
 def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Log-density of vectors under diagonal Gaussians, by matrix products.
 
@@ -68,27 +124,19 @@ def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     Returns:
         ``(M, K)``, float32 at least.
     """
+    return _joint_log_density(x, mean, var, None)
+
+
+def _joint_log_density(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> Tensor:
     dtype = statistics_dtype(x, mean, var)
     with full_precision(x.device):
-        mean, var = mean.to(dtype), var.to(dtype)
-        shift = mean.mean(dim=0)
-        x, mean = x.to(dtype) - shift, mean - shift
-        precision = var.reciprocal()
-        # Far beyond every component the square overflows; a vector that far belongs where its bounded one does.
-        largest = precision.detach().max().clamp_min(1)
-        reach = (torch.finfo(dtype).max / (16 * mean.shape[1] * largest)).sqrt()
-        x = x.clamp(-reach, reach)
-        constant = (mean.square() * precision + var.log()).sum(dim=1) + mean.shape[1] * math.log(2 * math.pi)
-        quadratic = x.square() @ precision.T - 2 * (x @ (mean * precision).T)
-        return -0.5 * (quadratic + constant)
+        densities = Densities.of(mean.to(dtype), var.to(dtype), prior)
+        return densities.log(x.to(dtype) - densities.shift)
 
 
 def log_posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> Tensor:
     """Logarithm of ``posteriors``, same arguments: finite where the posterior itself underflows."""
-    joint = gaussian_log_density(x, mean, var)
-    if prior is not None:
-        joint = joint + prior.to(joint.dtype).log()
-    return joint.log_softmax(dim=1)
+    return _joint_log_density(x, mean, var, prior).log_softmax(dim=1)
 
 
 def posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -196,8 +244,7 @@ def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, s
     Returns:
         The chunk's statistics.
     """
-    joint = gaussian_log_density(x, mean, var)
-    joint = joint + prior.to(joint.dtype).log()
+    joint = _joint_log_density(x, mean, var, prior)
     log_norm = joint.logsumexp(dim=1)
     responsibility = (joint - log_norm[:, None]).exp()
     return _weighted_statistics(x.to(joint.dtype), responsibility, log_norm.sum(), shift)

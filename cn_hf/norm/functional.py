@@ -16,18 +16,18 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cn_hf.norm import formulas, kernels
 from cn_hf.norm.choices import check_choice
+from cn_hf.norm.combination import Combination, component_statistics, mixture, pieces
 from cn_hf.norm.em import (
+    Densities,
     Mixture,
     MixtureStatistics,
-    SumOverProcesses,
-    data_shift,
+    along_features,
     fit_mixture,
     full_precision,
     gaussian_log_density,
@@ -36,7 +36,6 @@ from cn_hf.norm.em import (
     mixture_statistics,
     mixture_update,
     posteriors,
-    reduce_over_processes,
     seed_mixture,
     statistics_dtype,
 )
@@ -61,9 +60,6 @@ __all__ = [
     "seed_mixture",
     "shift_scale",
 ]
-
-
-_MOST_POSTERIORS = 2**24  # of contexts times vectors at a time, 64 MiB a copy: not all posteriors need to fit at once
 
 
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, feature_dim: int) -> Tensor:
@@ -215,70 +211,18 @@ def normalize_rows(
     return out.movedim(-1, feature_dim)
 
 
-def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each component over a batch, weighted by the normalised posteriors (Eqs. 7 and 9).
-
-    The weights are a softmax over the batch of ``log_tau``, so a component far from every vector still gets finite
-    statistics instead of 0/0. Differentiable in both arguments.
-
-    Args:
-        x: ``(M, C)``, float32 at least.
-        log_tau: ``(M, K)``.
-        distributed: sum over all processes of the default group.
-
-    Returns:
-        mean ``(K, C)`` and biased variance ``(K, C)``.
-    """
-    detached = log_tau.detach()
-    peak = detached.amax(dim=0) if len(detached) else detached.new_full(detached.shape[1:], -math.inf)
-    shift = data_shift(x.detach(), distributed)
-    if distributed:
-        peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
-    with full_precision(x.device):
-        weight = (log_tau - peak).exp()
-        centered = x - shift
-        total, first, second = weight.sum(dim=0), weight.T @ centered, weight.T @ centered.square()
-    if distributed:
-        total, first, second = SumOverProcesses.apply(total, first, second)
-    mean = first / total[:, None]
-    var = (second / total[:, None] - mean.square()).clamp_min(0)
-    return mean + shift, var
-
-
-def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:
-    """``sum_k coefficient_k (x - mean_k) / sqrt(var_k + eps)``: the aggregation shared by CN+ (Eq. 9) and MN (Eq. 6).
-
-    Two matrix products; no copy of ``x`` a component is made. What the components share is kept out of the products, so
-    that equal components give the exact result however many there are.
-
-    Args:
-        x: ``(M, C)``, float32 at least.
-        coefficient: ``(M, K)``.
-        mean: ``(K, C)``.
-        var: ``(K, C)``.
-        eps: added to ``var``.
-
-    Returns:
-        ``(M, C)``.
-    """
-    shift = mean.mean(dim=0)
-    rstd = torch.rsqrt(var + eps)
-    shared = rstd.mean(dim=0)
-    with full_precision(x.device):
-        scale = coefficient.sum(dim=1, keepdim=True) * shared + coefficient @ (rstd - shared)
-        return (x - shift) * scale - coefficient @ ((mean - shift) * rstd)
-
-
 def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
     """All feature vectors of ``x`` as ``(M, C)``."""
     return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
 
 
+def _affine(vectors: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    vectors = vectors if weight is None else vectors * along_features(weight, vectors)
+    return vectors if bias is None else vectors + along_features(bias, vectors)
+
+
 def _restore(vectors: Tensor, like: Tensor, feature_dim: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        vectors = vectors * weight
-    if bias is not None:
-        vectors = vectors + bias
+    vectors = _affine(vectors, weight, bias)
     shape = like.movedim(feature_dim, -1).shape
     out = vectors.to(like.dtype).reshape(shape).movedim(-1, feature_dim)
     if feature_dim == 1 and like.is_contiguous() and not torch.compiler.is_compiling():
@@ -300,8 +244,9 @@ def context_norm_plus(
 ) -> Tensor:
     """CN+ (Eq. 9): all contexts combined by their posteriors, priors 1/T, for inputs whose context is unknown.
 
-    Time is that of ``T`` contexts for each vector. Memory beyond ``x`` and the statistics is bounded with
-    ``plus_stats="learned"``; with ``"batch"`` it holds all ``M x T`` posteriors several times.
+    Time is that of ``T`` contexts for each vector. Memory beyond ``x``, its result and the statistics is bounded with
+    ``plus_stats="learned"`` and no gradients; otherwise all ``M x T`` posteriors are held a few times, never ``T``
+    copies of ``x``.
 
     Args:
         x: activations ``(N, ..., C)`` or ``(N, C, ...)``.
@@ -324,23 +269,37 @@ def context_norm_plus(
     check_choice("plus_stats", plus_stats)
     check_choice("plus_scale", plus_scale)
     dtype = statistics_dtype(x, mean, var)
+    factor = math.sqrt(mean.shape[0]) if plus_scale == "sqrt_t" else 1.0
     with full_precision(x.device):
-        vectors, mean, var = _feature_vectors(x, feature_dim).to(dtype), mean.to(dtype), var.to(dtype)
+        mean, var = mean.to(dtype), var.to(dtype)
         shift = mean.mean(dim=0)  # before anything is rounded: results do not depend on it, their digits do
-        vectors, mean = vectors - shift, mean - shift
-
-        def combined(vectors: Tensor) -> Tensor:
-            log_tau = log_posteriors(vectors, mean, var + eps, None)
+        mean = mean - shift
+        densities = Densities.of(mean, var + eps, shift=torch.zeros_like(shift))
+        whole = torch.compiler.is_compiling() or _looked_into(x) or _is_differentiated(x, mean, var, weight, bias)
+        if whole or plus_stats == "batch":
+            vectors = _feature_vectors(x, feature_dim).to(dtype) - shift
+            log_tau = densities.log(vectors).log_softmax(dim=1)
             statistics = component_statistics(vectors, log_tau) if plus_stats == "batch" else (mean, var)
-            coefficient = log_tau.exp()
-            if plus_scale == "sqrt_t":
-                coefficient = coefficient * math.sqrt(mean.shape[0])
-            return mixture(vectors, coefficient, *statistics, eps=eps)
+            combined = Combination.of(*statistics, eps).apply(vectors, log_tau.exp() * factor)
+            return _restore(combined, x, feature_dim, weight, bias)
+        combination = Combination.of(mean, var, eps)
+        maps = x.movedim(feature_dim, 1)
+        axis = 1 if maps.is_contiguous() and maps[0:1, 0:1].numel() > 1 else -1
+        moved = maps if axis == 1 else maps.movedim(1, -1)
+        source = moved.flatten(2) if axis == 1 else moved.reshape(len(x), -1, x.shape[feature_dim])
+        out = torch.empty_like(source, memory_format=torch.contiguous_format)
+        for piece in pieces(source, len(mean), axis):
+            part = source[piece].to(dtype)
+            vectors = part if axis == 1 else part.flatten(0, 1)
+            vectors = vectors - along_features(shift, vectors)
+            tau = densities.log(vectors).softmax(dim=1)
+            combined = combination.apply(vectors, tau * factor)
+            out[piece] = _affine(combined, weight, bias).view_as(part)
+        return out.view(moved.shape).movedim(axis, feature_dim)
 
-        whole = plus_stats == "batch" or torch.compiler.is_compiling() or len(vectors) * len(mean) <= _MOST_POSTERIORS
-        parts = () if whole else torch.split(vectors, max(1, _MOST_POSTERIORS // len(mean)))
-        out = combined(vectors) if whole else torch.cat([combined(part) for part in parts])
-        return _restore(out, x, feature_dim, weight, bias)
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def mixture_norm(
