@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import cn_hf
+from cn_hf.benchmark.command import benchmark
 from cn_hf.errors import CnHfError
 from cn_hf.experiments.command import cards, reproduce
 from cn_hf.hub.command import inspect, predict, push
@@ -89,31 +90,8 @@ def demo(
     run_demo(output_dir, seed=seed, progress=progress)
 
 
-for command in (reproduce, cards, push, inspect, predict, restyle):
+for command in (reproduce, cards, push, inspect, predict, restyle, benchmark):
     app.command()(command)
-
-
-@app.command()
-def benchmark(
-    network: Annotated[str, typer.Option(help="convnet (Table IV's) or vit (section IV-C's).")] = "convnet",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 256,
-    rounds: Annotated[int, typer.Option(help="How often each variant has its turn.")] = 15,
-    steps: Annotated[int | None, typer.Option(help="Steps in one turn; else 1 on a CPU, 50 elsewhere.")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
-    channels_last: Annotated[bool, typer.Option(help="Layout of images and convolutions.")] = False,
-    compile: Annotated[bool, typer.Option(help="torch.compile the networks.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; else torch's choice.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for what was measured, where and how.")] = None,
-) -> None:
-    """Time a training step with BN, CN and MN, all variants in turn in one run, and print the ratios."""
-    options = {
-        "network": network, "device": device, "batch_size": batch_size, "rounds": rounds, "steps": steps,
-        "mixed_precision": mixed_precision, "channels_last": channels_last, "compile": compile,
-    }  # fmt: skip
-    from cn_hf.experiments.benchmark import run_benchmark
-
-    run_benchmark(options, threads=threads, output=output)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"norm", "patching", "contexts", "data", "models", "hub", "evaluation"},
 }
 MAY_IMPORT["experiments"] = set(MAY_IMPORT)
+MAY_IMPORT["benchmark"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
-    "norm": {"torch"},
+    "norm": {"torch", "triton"},  # triton: the compiler torch comes with, imported on CUDA alone
     "patching": {"torch", "tqdm", "timm", "PIL"},  # timm: a plain layer for folding; PIL: pictures to restyle
     "models": {"torch", "timm"},
 }

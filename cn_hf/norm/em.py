@@ -53,8 +53,10 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, where the device has any."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Autocast off, where it is on."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def plus_product(added: Tensor, x: Tensor, table: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def resolve_context_ids(
         raise ContextIdError(f"Received {ids.shape[0]} context_ids for a batch of {batch_size} samples; give one each.")
     if not torch.compiler.is_compiling():
         _check_values(ids, num_contexts)
-    return ids.to(device, non_blocking=True)
+    return ids if ids.device == device else ids.to(device, non_blocking=True)
 
 
 def as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
@@ -111,13 +111,16 @@ def _check_values(ids: Tensor, num_contexts: int) -> None:
         return
     if ids.is_floating_point():
         tolerance = 1e-3 if ids.dtype in (torch.float32, torch.float64) else 2e-2
-        valid = ((ids.sum(dim=1) - 1).abs() <= tolerance) & (ids >= 0).all(dim=1)
-        message = "Soft context_ids must be finite, not negative, and sum to one in each row"
+        rows = ((ids.sum(dim=1) - 1).abs() <= tolerance) & (ids >= 0).all(dim=1)
+        valid, message = rows.all(), "Soft context_ids must be finite, not negative, and sum to one in each row"
     else:
-        valid = (ids >= 0) & (ids < num_contexts)
-        message = f"context_ids must lie in 0..{num_contexts - 1}"
+        least, most = ids.aminmax()
+        if ids.device.type == "cpu" and int(least) >= 0 and int(most) < num_contexts:  # the quickest way to tell
+            return
+        valid, message = (least >= 0) & (most < num_contexts), f"context_ids must lie in 0..{num_contexts - 1}"
     if ids.device.type != "cpu":
-        torch._assert_async(valid.all())
-    elif not bool(valid.all()):
-        row = int((~valid).nonzero()[0])
+        torch._assert_async(valid)
+    elif not bool(valid):
+        rows = rows if ids.is_floating_point() else (ids >= 0) & (ids < num_contexts)
+        row = int((~rows).nonzero()[0])
         raise ContextIdError(f"{message}; sample {row} has {ids[row].tolist()}.")

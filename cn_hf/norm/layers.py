@@ -23,6 +23,11 @@ from cn_hf.norm.ids import ContextIds, resolve_context_ids
 __all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features"]
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``; the call, which costs as much as a small operator, only where it does something."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def check_feature_dim(feature_dim: int) -> None:
     """Raise ``ConfigError`` if the feature axis is the batch axis."""
     if feature_dim == 0:
@@ -242,17 +247,20 @@ class ContextNorm(FeatureNorm):
         dtype, result = self._row_dtype()
 
         def select(table: Tensor) -> Tensor:
-            return (table if context_ids is None else context_rows(table, context_ids, sparse=self.sparse)).to(dtype)
+            selected = table if context_ids is None else context_rows(table, context_ids, sparse=self.sparse)
+            return as_dtype(selected, dtype)
 
         if self.parametrization == "table":
             mean, raw = select(self.mean_table), select(self.var_table)
         else:
-            with full_precision(self.embedding.device):
-                alpha = select(self.embedding) + self.embedding_bias.to(dtype)
-                mean = F.linear(alpha, self.mean_weight.to(dtype), self.mean_bias.to(dtype))
-                raw = F.linear(alpha, self.var_weight.to(dtype), self.var_bias.to(dtype))
+            biases = self.embedding_bias, self.mean_bias, self.var_bias
+            shift, *offsets = (as_dtype(bias, dtype) for bias in biases)
+            weights = (as_dtype(weight, dtype) for weight in (self.mean_weight, self.var_weight))
+            with full_precision(shift.device):
+                alpha = select(self.embedding) + shift
+                mean, raw = (F.linear(alpha, *map_) for map_ in zip(weights, offsets, strict=True))
         var = F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
-        return mean.to(result), var.to(result)
+        return as_dtype(mean, result), as_dtype(var, result)
 
     def _inverse_activation(self, var: Tensor) -> Tensor:
         var = var.clamp_min(1e-30)
@@ -385,8 +393,8 @@ class ContextNorm(FeatureNorm):
         dtype = statistics_dtype(x, mean)
         return normalize_rows(
             x,
-            mean.to(dtype),
-            var.to(dtype),
+            as_dtype(mean, dtype),
+            as_dtype(var, dtype),
             eps=self.eps,
             feature_dim=self.feature_dim,
             weight=weight,
@@ -400,7 +408,8 @@ class ContextNorm(FeatureNorm):
         The tables of all contexts are computed once; with more contexts than samples, or sparse gradients, the
         samples' rows only.
         """
-        ids = ids.to(self._storage().device)
+        device = self._storage().device
+        ids = ids if ids.device == device else ids.to(device)
         if not ids.is_floating_point():
             # A symbolic batch size must not be compared: the graph would be specialised to one side.
             limit = 256 if torch.compiler.is_compiling() else len(ids)

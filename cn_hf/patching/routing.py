@@ -123,7 +123,8 @@ class ContextRouter:
         ids = self._running()
         if ids is None:
             return None
-        ids = ids.to(x.device)  # another one where a device map spreads the model
+        if ids.device != x.device:  # a device map spreads the model
+            ids = ids.to(x.device)
         if ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
             return ids
         if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
@@ -352,7 +353,7 @@ def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> Non
         router.backward_ids = ids
         torch.autograd.Variable._execution_engine.queue_callback(reset)
 
-    for leaf in pytree.tree_leaves(output):
+    for leaf in (output,) if isinstance(output, Tensor) else pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(restore)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
