@@ -636,7 +636,7 @@ def test_cn_plus_makes_no_t_fold_copy(backward: bool, plus_stats: str, plus_scal
     meter = measured(run)
     unit = 4 * num_vectors * max(num_contexts, num_features)
     assert meter.largest <= 1.1 * unit
-    assert meter.peak <= (25 if backward else 10) * unit, "T-fold would be 96 units"
+    assert meter.peak <= (25 if backward else 11) * unit, "T-fold would be 96 units"
 
 
 def test_mn_makes_no_k_fold_copy() -> None:

@@ -152,13 +152,15 @@ def test_making_saving_loading_and_setting(parametrization: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("plus_scale", ["none", "sqrt_t"])
-def test_combining_contexts_in_parts(plus_scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plus_stats", ["learned", "batch"])
+def test_combining_contexts_in_parts(plus_scale: str, plus_stats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"plus_scale": plus_scale, "plus_stats": plus_stats}
     x, mean, var = torch.randn(3, 5, 7, 4), torch.randn(11, 4), torch.rand(11, 4) + 0.5
     for tensor, axis in ((x, -1), (x.movedim(-1, 1), 1), (x.movedim(-1, 1).contiguous(), 1), (x.transpose(1, 2), -1)):
-        whole = context_norm_plus(tensor.detach().requires_grad_(), mean, var, plus_scale=plus_scale, feature_dim=axis)
+        whole = context_norm_plus(tensor.detach().requires_grad_(), mean, var, feature_dim=axis, **options)
         for most in (1, 11, 30, 11 * 35, 11 * 105 - 1, 10**6):
             monkeypatch.setitem(combination._PIECE, "cpu", most)
-            parts = context_norm_plus(tensor, mean, var, plus_scale=plus_scale, feature_dim=axis)
+            parts = context_norm_plus(tensor, mean, var, feature_dim=axis, **options)
             torch.testing.assert_close(parts, whole.detach())
 
 

@@ -6,7 +6,7 @@ Shape legend: ``N`` samples, ``L`` positions of a sample, ``C`` features, ``K`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from cn_hf.norm.em import (
     reduce_over_processes,
 )
 
-__all__ = ["Combination", "component_statistics", "mixture", "pieces"]
+__all__ = ["Combination", "component_statistics", "component_statistics_of_pieces", "mixture", "pieces"]
 
 _PIECE = {"cpu": 2**18}  # numbers of a piece, and of its posteriors: what stays in a core's cache
 _LARGE_PIECE = 2**26  # elsewhere, where small ones would be launches only
@@ -56,6 +56,41 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     mean = first / total[:, None]
     var = (second / total[:, None] - mean.square()).clamp_min(0)
     return mean + shift, var
+
+
+def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
+
+    Args:
+        parts: vectors ``(M, C)`` or maps ``(N, C, L)``, and their ``log_tau``.
+        shift: ``(C,)``, near the mean of all vectors.
+
+    Returns:
+        mean ``(K, C)`` and biased variance ``(K, C)``.
+    """
+    peak: Tensor | None = None
+    sums: list[Tensor] = []
+    for x, log_tau in parts:
+        over = (0,) if x.dim() == 2 else (0, 2)
+        before, largest = peak, log_tau.amax(over)
+        peak = largest if before is None else torch.maximum(before, largest)
+        weight = (log_tau - along_features(peak, log_tau)).exp()
+        centered = x - along_features(shift, x)
+        own = [weight.sum(over)[:, None], _weighted_sum(weight, centered), _weighted_sum(weight, centered.square())]
+        if before is not None:
+            kept = (before - peak).exp()[:, None]
+            own = [held * kept + part for held, part in zip(sums, own, strict=True)]
+        sums = own
+    total, first, second = sums
+    mean = first / total
+    return mean + shift, (second / total - mean.square()).clamp_min(0)
+
+
+def _weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
+    """``(K, C)`` of weights ``(M, K)`` and vectors ``(M, C)``, or of ``(N, K, L)`` and ``(N, C, L)``."""
+    if x.dim() == 2:
+        return weight.T @ x
+    return weight.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
 
 
 class Combination(NamedTuple):

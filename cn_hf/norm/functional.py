@@ -22,7 +22,13 @@ from torch.autograd import forward_ad
 
 from cn_hf.norm import formulas, kernels
 from cn_hf.norm.choices import check_choice
-from cn_hf.norm.combination import Combination, component_statistics, mixture, pieces
+from cn_hf.norm.combination import (
+    Combination,
+    component_statistics,
+    component_statistics_of_pieces,
+    mixture,
+    pieces,
+)
 from cn_hf.norm.em import (
     Densities,
     Mixture,
@@ -275,27 +281,63 @@ def context_norm_plus(
         shift = mean.mean(dim=0)  # before anything is rounded: results do not depend on it, their digits do
         mean = mean - shift
         densities = Densities.of(mean, var + eps, shift=torch.zeros_like(shift))
-        whole = torch.compiler.is_compiling() or _looked_into(x) or _is_differentiated(x, mean, var, weight, bias)
-        if whole or plus_stats == "batch":
+        if (
+            torch.compiler.is_compiling()
+            or _looked_into(x, mean, var)
+            or _is_differentiated(x, mean, var, weight, bias)
+            or x.numel() == 0
+        ):
             vectors = _feature_vectors(x, feature_dim).to(dtype) - shift
             log_tau = densities.log(vectors).log_softmax(dim=1)
             statistics = component_statistics(vectors, log_tau) if plus_stats == "batch" else (mean, var)
             combined = Combination.of(*statistics, eps).apply(vectors, log_tau.exp() * factor)
             return _restore(combined, x, feature_dim, weight, bias)
-        combination = Combination.of(mean, var, eps)
-        maps = x.movedim(feature_dim, 1)
-        axis = 1 if maps.is_contiguous() and maps[0:1, 0:1].numel() > 1 else -1
-        moved = maps if axis == 1 else maps.movedim(1, -1)
-        source = moved.flatten(2) if axis == 1 else moved.reshape(len(x), -1, x.shape[feature_dim])
-        out = torch.empty_like(source, memory_format=torch.contiguous_format)
-        for piece in pieces(source, len(mean), axis):
-            part = source[piece].to(dtype)
-            vectors = part if axis == 1 else part.flatten(0, 1)
-            vectors = vectors - along_features(shift, vectors)
-            tau = densities.log(vectors).softmax(dim=1)
-            combined = combination.apply(vectors, tau * factor)
-            out[piece] = _affine(combined, weight, bias).view_as(part)
-        return out.view(moved.shape).movedim(axis, feature_dim)
+        return _in_pieces(x, densities, (mean, var), shift, eps, factor, plus_stats, feature_dim, weight, bias)
+
+
+def _in_pieces(
+    x: Tensor,
+    densities: Densities,
+    statistics: tuple[Tensor, Tensor],
+    shift: Tensor,
+    eps: float,
+    factor: float,
+    plus_stats: str,
+    feature_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """CN+ without gradients: a piece after the other, as it lies in memory, while all of it is in the cache."""
+    source, axis = _in_order(x, feature_dim)
+    cuts = [*pieces(source, len(densities.constant), axis)]
+
+    def centered(cut: tuple[slice, ...]) -> Tensor:
+        part = source[cut].to(shift.dtype)
+        part = part if axis == 1 else part.flatten(0, 1)
+        return part - along_features(shift, part)
+
+    log_taus: list[Tensor] = []
+    if plus_stats == "batch":
+        log_taus = [densities.log(centered(cut)).log_softmax(dim=1) for cut in cuts]
+        middle = source.mean((0, -axis), dtype=shift.dtype) - shift
+        statistics = component_statistics_of_pieces(zip(map(centered, cuts), log_taus, strict=True), middle)
+    combination = Combination.of(*statistics, eps)
+    out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    for number, cut in enumerate(cuts):
+        vectors = centered(cut)
+        tau = log_taus[number].exp() if log_taus else densities.log(vectors).softmax(dim=1)
+        out[cut] = _affine(combination.apply(vectors, tau * factor), weight, bias).view_as(out[cut])
+    maps = x.movedim(feature_dim, 1)
+    moved = maps if axis == 1 else maps.movedim(1, -1)
+    return out.view(moved.shape).movedim(axis, feature_dim)
+
+
+def _in_order(x: Tensor, feature_dim: int) -> tuple[Tensor, int]:
+    """``(N, C, L)`` and 1 where positions lie together in memory, else ``(N, L, C)`` and -1."""
+    maps = x.movedim(feature_dim, 1)
+    if maps.is_contiguous() and maps[0, 0].numel() > 1:
+        return maps.flatten(2), 1
+    return maps.movedim(1, -1).reshape(len(x), -1, maps.shape[1]), -1
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
