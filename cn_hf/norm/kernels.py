@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,8 +36,6 @@ from cn_hf.norm.formulas import Gradients
 __all__ = ["describe", "fused", "norm_shift_scale", "shift_scale", "use_kernels"]
 
 CHOICES = ("auto", "reference")
-
-_FEWEST_POSITIONS, _MOST_SEGMENTS = 64, 64
 
 
 # ------------------------------------------------------------------------------------------------------- which kernels
@@ -91,7 +89,7 @@ def describe(device_type: str = "cpu") -> str:
     """What computes on a device of this type, in a few words: for tables of measurements."""
     if not fused(device_type, torch.float32):
         return f"torch {torch.__version__}"
-    return f"triton {version('triton')}" if device_type == "cuda" else "native"
+    return f"triton {import_module('triton').__version__}" if device_type == "cuda" else "native"
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
