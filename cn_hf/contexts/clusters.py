@@ -1,7 +1,8 @@
 """Contexts found in the images themselves: components of a Gaussian mixture or of k-means (paper IV-B).
 
 Fitted on the training split alone and applied to all splits. The clustering sees pixels, their principal components, or
-the embeddings that a given model makes of the images.
+the embeddings that a given model makes of the images. Each image is decoded once for a fit; what is clustered is held
+in memory, or beyond a budget in a temporary file, and may be shared by several processes.
 
 Shape legend: ``N`` images, ``C`` channels, ``H`` ``W`` pixels, ``F = C*H*W`` pixel features, ``D`` features clustered,
 ``K`` components, which are the contexts.
@@ -9,6 +10,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` ``W`` pixels, ``F = C*H*W`` pi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -19,13 +21,17 @@ import datasets
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.access import Split
+from cn_hf.contexts.access import DatasetLike, Split, training_split, warn_of_test_split
 from cn_hf.contexts.base import check_names
 from cn_hf.contexts.embedding import describe, embed, probe
-from cn_hf.contexts.estimators import Clustering, Stopping, assign, cluster, principal_components, project
+from cn_hf.contexts.estimators import Clustering, Stopping, assign, cluster, sizes_of
 from cn_hf.contexts.image_source import ImageContextSource, PixelChunk
-from cn_hf.contexts.images import size_mismatch
-from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, nearest
+from cn_hf.contexts.principal import principal_components, project, project_all
+from cn_hf.contexts.processes import ALONE, Processes
+from cn_hf.contexts.row_store import RowStore
+from cn_hf.contexts.shared_rows import SharedRows
+from cn_hf.contexts.training_vectors import collect, divide_by_deviation
+from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +40,6 @@ __all__ = ["ClusterContexts", "ClusterOptions"]
 
 METHODS = ("gmm", "kmeans")
 FEATURES = ("pixels", "pca")
-_MEMORY_LIMIT = 4 * 2**30  # bytes of decoded training pixels
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +111,9 @@ class FittedClusters:
 class ClusterContexts(ImageContextSource):
     """The context of an image is the cluster it falls into; the clusters are fitted on the training split.
 
+    Data sets larger than memory are fitted, and given contexts, in bounded memory. A fit depends on the images, the
+    options and the seed alone: not on the memory budget, and but for rounding not on processes, threads and device.
+
     Args:
         num_contexts: how many clusters (the paper's K = 3).
         method: ``"gmm"``: diagonal Gaussians by k-means++ and EM, an image goes to the likeliest; or ``"kmeans"``.
@@ -116,7 +124,9 @@ class ClusterContexts(ImageContextSource):
         image_size: int or (height, width) to resize to; None requires images of one size.
         names: of the contexts; None gives ``cluster_0``, ``cluster_1``, ...
         seed: of sampling, k-means++ and PCA.
-        max_iterations: of EM or k-means, at each stage: on samples first, then on all images.
+        max_iterations: of EM or k-means, at each stage: on samples first, then on all images. Of more than 131,072
+            images one pass in mini-batches comes before those over all, which are then three at most; see
+            ``estimators``.
         tol: EM stops once the mean log-likelihood of an image changes by less; k-means once the centres' squared shifts
             sum to at most this part of the mean variance.
         reg_covar: added to every variance of a Gaussian. Pixels that never change would otherwise decide alone; 1e-3
@@ -127,7 +137,12 @@ class ClusterContexts(ImageContextSource):
         fit_samples: fit on so many images, drawn by ``seed`` (of a stream: its first); None fits on all.
         mean: pixels in [0, 1] are standardised with it before an embedding model; one number or one a channel.
         std: likewise.
-        num_workers: threads that decode; 0 decodes in this one.
+        num_workers: threads that decode; 0 decodes in this one. They pay for photographs, not for tiny images.
+        memory_budget_bytes: decoded pixels (embeddings, where a model makes them) beyond so many bytes are kept in a
+            temporary file while fitting, in the folder that ``TMPDIR`` names; the contexts found are the same. Of each
+            process, where several fit together.
+        device: where passes over the images are computed, a chunk at a time, e.g. ``"cuda"``; None: where the images
+            are, the CPU for those of a dataset. An embedding model stays on its own.
     """
 
     type = "clusters"
@@ -153,6 +168,8 @@ class ClusterContexts(ImageContextSource):
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         num_workers: int = 0,
+        memory_budget_bytes: int = 4 * 2**30,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__(
             image_column=image_column, image_mode=image_mode, image_size=image_size, num_workers=num_workers
@@ -171,6 +188,10 @@ class ClusterContexts(ImageContextSource):
             mean=mean,  # type: ignore[arg-type]  # normalised to a tuple by the options
             std=std,  # type: ignore[arg-type]  # likewise
         )
+        if type(memory_budget_bytes) is not int or memory_budget_bytes < 0:
+            raise ConfigError(f"memory_budget_bytes is {memory_budget_bytes!r}; expected a number of bytes, 0 or more.")
+        self.memory_budget_bytes = memory_budget_bytes
+        self.device = None if device is None else _usable(device)
         self.model = features if callable(features) else None
         self._names = check_names([f"cluster_{k}" for k in range(num_contexts)] if names is None else names)
         if len(self._names) != num_contexts:
@@ -205,19 +226,74 @@ class ClusterContexts(ImageContextSource):
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(self.options.seed))
         return split, order[:count].sort().values.tolist()
 
-    def _fit_chunks(self, chunks: Iterable[PixelChunk]) -> None:
-        options, pixels = self.options, self._collect(chunks)
-        shape: Any = tuple(pixels.shape[1:])
-        projection, scale, fingerprint, vectors = None, 1.0, None, pixels.flatten(1)
-        if options.features == "pca":
-            limit = min(options.pca_components, *vectors.shape)
-            projection = principal_components(vectors, limit, seed=options.seed)
-            vectors = project(vectors, *projection).float()
-        elif self.model is not None:
-            fingerprint = probe(self.model, shape, options.mean, options.std)
-            vectors = embed(self.model, pixels, options.mean, options.std)
-            scale = float(vectors.var(dim=0, correction=0).mean().sqrt()) or 1.0
-            vectors = vectors / scale
+    def fit(self, dataset: DatasetLike, *, distributed: bool = False) -> Self:
+        """Learn the contexts from the training split alone.
+
+        Args:
+            dataset: ``DatasetDict`` or ``IterableDatasetDict``, of which ``"train"`` is used and nothing else; or one
+                ``Dataset`` or ``IterableDataset``, taken to be the training split.
+            distributed: True: all processes of the default group (as ``accelerate launch`` starts them) fit together.
+                Each calls ``fit`` with the whole dataset, reads every image's bytes at most, decodes and holds its own
+                part, and ends with the same contexts, those that one process alone would find but for rounding. An
+                error of one is raised by all. False: this process fits by itself, whatever the others do.
+
+        Returns:
+            The source itself. After an error it is as it was before.
+
+        Raises:
+            ConfigError: ``distributed`` in one of several processes that have no process group yet.
+            ContextSourceError: fewer images or groups than contexts, an embedding that is none, or no room on the disk.
+            DatasetError: no split ``"train"``, a missing column, images of differing sizes.
+            DatasetFileError: an image cannot be decoded; names its row.
+        """
+        processes = Processes.of_group() if distributed else ALONE
+        self._fit_split(processes.attempt(lambda: training_split(dataset)), processes)
+        return self
+
+    def _fit_split(self, split: Split, processes: Processes = ALONE) -> None:
+        warn_of_test_split(split)
+        split, rows = self._training_rows(split)
+        streamed = isinstance(split, datasets.IterableDataset)
+        if not streamed and processes.count > 1:
+            places = processes.own_rows(len(split) if rows is None else len(rows))
+            rows = places if rows is None else [rows[place] for place in places]
+        expected = None if streamed else len(split) if rows is None else len(rows)
+        self._fit_chunks(self._split_chunks(split, rows, processes), processes, expected)
+
+    def _fit_chunks(
+        self, chunks: Iterable[PixelChunk], processes: Processes = ALONE, expected: int | None = None
+    ) -> None:
+        options = self.options
+        projection, scale = None, 1.0
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(RowStore(self.memory_budget_bytes, expected))
+            vectors, seen = collect(chunks, store, self._vectors_of, self._probe, processes, self.device)
+            if vectors.count < options.num_contexts:
+                raise ContextSourceError(
+                    f"{vectors.count} training images cannot form {options.num_contexts} contexts."
+                )
+            if options.features == "pca":
+                limit = min(options.pca_components, vectors.count, vectors.num_features)
+                projection = principal_components(vectors, limit, seed=options.seed)
+                projected = stack.enter_context(RowStore(self.memory_budget_bytes, len(vectors.rows)))
+                vectors = project_all(vectors, *projection, projected)
+                projection = projection[0].cpu(), projection[1].cpu()
+                store.close()
+            elif self.model is not None:
+                scale = divide_by_deviation(vectors)
+            clustering, sizes = self._cluster(vectors)
+        self._check_sizes(sizes)
+        self._fit = FittedClusters(
+            clustering=clustering,
+            sizes=tuple(sizes),
+            shape=seen.shape,
+            projection=projection,
+            scale=scale,
+            probe=seen.probe,
+        )
+
+    def _cluster(self, vectors: SharedRows) -> tuple[Clustering, list[int]]:
+        options = self.options
         clustering = cluster(
             vectors,
             options.num_contexts,
@@ -228,16 +304,7 @@ class ClusterContexts(ImageContextSource):
         )
         if not math.isfinite(clustering.objective):
             raise ContextSourceError(f"The fit has left the range of float32; raise reg_covar ({options.reg_covar}).")
-        sizes = torch.bincount(assign(vectors, clustering), minlength=options.num_contexts).tolist()
-        self._check_sizes(sizes)
-        self._fit = FittedClusters(
-            clustering=clustering,
-            sizes=tuple(sizes),
-            shape=shape,
-            projection=projection,
-            scale=scale,
-            probe=fingerprint,
-        )
+        return clustering.to("cpu"), sizes_of(vectors, clustering)
 
     def _check_sizes(self, sizes: list[int]) -> None:
         smallest = min(sizes)
@@ -248,29 +315,14 @@ class ClusterContexts(ImageContextSource):
         if smallest < self.options.min_share * sum(sizes) / len(sizes):
             warnings.warn(f"Context {name!r} has {smallest} of {sum(sizes)} training images. {advice}", stacklevel=5)
 
-    def _collect(self, chunks: Iterable[PixelChunk]) -> Tensor:
-        """All training pixels, uint8 ``(N, C, H, W)``."""
-        parts: list[Tensor] = []
-        first, held = -1, 0
-        for rows, pixels in chunks:
-            if not rows:
-                continue
-            if parts and pixels.shape[1:] != parts[0].shape[1:]:
-                raise size_mismatch(rows[0], pixels.shape[2:], first, parts[0].shape[2:])
-            first = rows[0] if first < 0 else first
-            parts.append(pixels)
-            held += pixels.nbytes
-            if held > _MEMORY_LIMIT:
-                raise ContextSourceError(
-                    f"The first {sum(map(len, parts))} training images take {held / 2**30:.1f} GiB decoded. Fit on "
-                    "fewer, fit_samples=..., or on smaller ones, image_size=..."
-                )
-        count = sum(map(len, parts))
-        if count == 0:
-            raise DatasetError("The training split has no images to fit contexts on.")
-        if count < self.options.num_contexts:
-            raise ContextSourceError(f"{count} training images cannot form {self.options.num_contexts} contexts.")
-        return torch.cat(parts)
+    def _vectors_of(self, pixels: Tensor) -> Tensor:
+        """What is collected of training images: their pixels, or a model's embeddings of them."""
+        if self.model is None:
+            return pixels.flatten(1)
+        return embed(self.model, pixels, self.options.mean, self.options.std)
+
+    def _probe(self, shape: Sequence[int]) -> Tensor | None:
+        return None if self.model is None else probe(self.model, shape, self.options.mean, self.options.std)
 
     def _check_size(self, row: int, height: int, width: int) -> None:
         size = self.clusters.shape[1:]
@@ -286,10 +338,10 @@ class ClusterContexts(ImageContextSource):
             return torch.empty(0, dtype=torch.int64, device=pixels.device)
         vectors = pixels.flatten(1)
         if fit.projection is not None:
-            vectors = project(vectors, *fit.projection)
+            vectors = project(vectors, *fit.projection, device=self.device)
         elif self.model is not None:
             vectors = embed(self.model, pixels, self.options.mean, self.options.std) / fit.scale
-        return assign(vectors, fit.clustering)
+        return assign(vectors, fit.clustering, device=self.device)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fit = self.clusters
@@ -371,6 +423,13 @@ def _read_fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], options:
         scale=float(config["scale"]),
         probe=tensors.get("probe"),
     )
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device, dtype=torch.float64).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device refuses in its own way
+        raise ConfigError(f"Device {device!r} cannot be used here for float64 sums ({error}).") from error
 
 
 def _check_same_model(model: Callable[..., Any], fit: FittedClusters, options: ClusterOptions, name: str) -> None:

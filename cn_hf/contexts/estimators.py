@@ -1,11 +1,17 @@
-"""Clustering and principal components over chunks of vectors: Gaussian mixtures by EM, k-means, PCA.
+"""Clustering over chunks of vectors: Gaussian mixtures by EM, k-means by Lloyd's algorithm, mini-batches of both.
 
 The vectors may be uint8 pixels, read as ``x / 255`` a chunk at a time, so that a data set of images is never held as
-floats. A clustering starts from the best of a few k-means on a small sample, each begun by k-means++ (Arthur and
-Vassilvitskii 2007), then settles on a larger sample and at last on all vectors. Statistics are sums over chunks.
+floats; they may lie in a file, and be shared by several processes. A clustering starts from the best of a few k-means
+on a small sample, each begun by k-means++ (Arthur and Vassilvitskii 2007), then settles on a larger sample. From there,
+
+- where all vectors are not far more than that sample (131,072 at most), full passes over them follow until it settles;
+- where they are more, one pass in mini-batches comes first: stepwise EM (Cappe and Moulines 2009), which moves the
+  running means of an E-step's sums towards each batch's, less and less, and takes an M-step at once; with k-means' hard
+  E-step it is a mini-batch k-means (Sculley 2010). At most three full passes then take the noise of the batches out.
+
 Components that lose (nearly) all their vectors are set anew, without randomness: the largest component is split in two.
 
-Shape legend: ``M`` vectors, ``F`` features, ``K`` components, ``D`` principal components.
+Shape legend: ``N`` vectors, ``F`` features, ``K`` components.
 """
 
 from __future__ import annotations
@@ -18,65 +24,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cn_hf.contexts.chunks import as_float, map_chunks, sum_chunks
-from cn_hf.norm.functional import (
-    MixtureStatistics,
-    gaussian_log_density,
-    kmeans_plusplus,
-    mixture_statistics,
-    mixture_update,
-)
+from cn_hf.contexts.chunks import Rows, as_float
+from cn_hf.contexts.shared_rows import SharedRows
+from cn_hf.contexts.steps import Clustering, GaussianSteps, KMeansSteps, Steps, Sums, assign
+from cn_hf.norm.functional import kmeans_plusplus
 
-__all__ = [
-    "Clustering",
-    "Stopping",
-    "assign",
-    "cluster",
-    "expectation_maximisation",
-    "lloyd",
-    "principal_components",
-    "project",
-]
+__all__ = ["Clustering", "Stopping", "assign", "cluster", "expectation_maximisation", "lloyd", "sizes_of"]
 
 _START_VECTORS = 2048
 _START_ELEMENTS = 2**26  # 256 MiB in float32, which bounds the sample where images are large
 _STARTS = 4
 _SAMPLE_VECTORS = 8192
+_SAMPLE_ELEMENTS = 2**29
+_MOST_FULL_PASSES_OVER = 16 * _SAMPLE_VECTORS
+_LAST_PASSES = 3
+_FORGETTING = 0.6  # batch t moves the means by t^-0.6; they converge for exponents in (0.5, 1]
 _MAX_REVIVALS = 3  # per component
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Clustering:
-    """Fitted components: ``mean`` ``(K, F)``; for mixtures also ``var`` ``(K, F)`` and ``prior`` ``(K,)``; float32.
-
-    ``objective`` is the mean log-likelihood of a vector (mixtures), or its mean squared distance to its centre
-    (k-means); ``num_iterations`` counts passes over all vectors.
-    """
-
-    mean: Tensor
-    var: Tensor | None
-    prior: Tensor | None
-    objective: float
-    num_iterations: int
-
-
-def assign(x: Tensor, clustering: Clustering) -> Tensor:
-    """The component each vector belongs to: the likeliest, or for k-means the nearest.
-
-    In float64, so that how the vectors are split into batches changes no id.
-
-    Args:
-        x: ``(M, F)``, floating point or uint8.
-        clustering: on any device.
-
-    Returns:
-        int64 ``(M,)``, on the device of ``x``.
-    """
-    mean = clustering.mean.to(x.device, torch.float64)
-    var = torch.ones_like(mean) if clustering.var is None else clustering.var.to(mean)
-    bias = mean.new_zeros(()) if clustering.prior is None else clustering.prior.to(mean).log()
-    parts = map_chunks(x, torch.float64, lambda chunk: (gaussian_log_density(chunk, mean, var) + bias).argmax(dim=1))
-    return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +49,7 @@ class Stopping:
     Attributes:
         max_iterations: at most this many passes over the vectors.
         tol: see ``expectation_maximisation`` and ``lloyd``.
-        min_share: a component with less than this part of an equal share (``M / K``) of the vectors is set anew, at
+        min_share: a component with less than this part of an equal share (``N / K``) of the vectors is set anew, at
             most three times a component; 0 keeps all as they are.
     """
 
@@ -94,9 +57,13 @@ class Stopping:
     tol: float = 1e-3
     min_share: float = 0.0
 
+    def fewest(self, num_vectors: int, num_components: int) -> float:
+        """A component with less of the vectors is lost."""
+        return max(0.5, self.min_share * num_vectors / num_components) if self.min_share else -1.0
+
 
 def cluster(
-    x: Tensor,
+    x: Rows | SharedRows,
     num_components: int,
     *,
     method: str,
@@ -107,54 +74,97 @@ def cluster(
     """Cluster vectors from scratch.
 
     Args:
-        x: ``(M, F)``, floating point or uint8.
-        num_components: ``K``, at most ``M``.
+        x: ``(N, F)``, floating point or uint8. On several processes the result is the same on all of them.
+        num_components: ``K``, at most ``N``.
         method: ``"gmm"`` or ``"kmeans"``.
-        seed: of the samples and of k-means++.
+        seed: of the samples, of k-means++ and of mini-batches.
         stopping: applies at each stage.
         reg_covar: added to every variance (mixtures).
 
     Returns:
-        The components, on the device of ``x``.
+        The components, on the device that the vectors are worked on.
     """
+    data = x if isinstance(x, SharedRows) else SharedRows(x)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator).to(x.device)
-    size = min(_START_VECTORS, max(10 * num_components, _START_ELEMENTS // x.shape[1]))
-    start = as_float(x[order[:size]], torch.float32)
-    shift, spread = start.mean(dim=0), start.var(dim=0, correction=0)
+    fitted, shift, spread = _start(data, num_components, method, generator, stopping, reg_covar)
+    steps = _steps(method, shift.to(data.device), spread.to(data.device), reg_covar)
+    fitted, batch_passes = fitted.to(data.device), 0
+    if data.count > _MOST_FULL_PASSES_OVER:
+        fitted, batch_passes = _mini_batches(data, fitted, steps, stopping, generator)
+        stopping = dataclasses.replace(stopping, max_iterations=min(_LAST_PASSES, stopping.max_iterations))
+    fitted = _full_passes(data, fitted, steps, stopping)
+    return dataclasses.replace(fitted, num_iterations=fitted.num_iterations + batch_passes)
+
+
+def sizes_of(data: SharedRows, clustering: Clustering) -> list[int]:
+    """How many vectors of all processes belong to each component. Collective."""
+
+    def local() -> Tensor:
+        shown = "assigning" if data.processes.first else None
+        ids = assign(data.rows, clustering, device=data.device, progress=shown)
+        return torch.bincount(ids.cpu(), minlength=len(clustering.mean)).double()
+
+    [sizes] = data.processes.sum([data.processes.attempt(local)])
+    return [int(size) for size in sizes]
+
+
+def _start(
+    data: SharedRows,
+    num_components: int,
+    method: str,
+    generator: torch.Generator,
+    stopping: Stopping,
+    reg_covar: float,
+) -> tuple[Clustering, Tensor, Tensor]:
+    """Components fitted on samples, by process 0 alone, and mean and variance ``(F,)`` of the smaller one."""
+    order = torch.randperm(data.count, generator=generator)
     seeds = torch.randint(2**31, (_STARTS,), generator=generator).tolist()
-    centers = (kmeans_plusplus(start, num_components, seed=each) for each in seeds)
-    starts = [lloyd(start, mean, shift=shift, spread=spread, stopping=stopping) for mean in centers]
+    size = min(_START_VECTORS, max(10 * num_components, _START_ELEMENTS // data.num_features), data.count)
+    sampled = min(_SAMPLE_VECTORS, max(size, _SAMPLE_ELEMENTS // data.num_features), data.count)
+    places = order[: sampled if sampled < data.count else size]
+    vectors = data.sample(places)
+
+    def start() -> tuple[Clustering, Tensor, Tensor]:
+        few = as_float(vectors[:size], torch.float32)
+        shift, spread = few.mean(dim=0), few.var(dim=0, correction=0)
+        steps = _steps(method, shift, spread, reg_covar)
+        fitted = _from_k_means(few, num_components, seeds, steps, stopping)
+        if sampled < data.count:
+            sample = SharedRows(vectors[places.argsort().to(vectors.device)])
+            fitted = _full_passes(sample, fitted, steps, stopping)
+        return fitted.to("cpu"), shift.cpu(), spread.cpu()
+
+    return data.processes.on_first(start)
+
+
+def _steps(method: str, shift: Tensor, spread: Tensor, reg_covar: float) -> Steps:
+    return GaussianSteps(shift, spread, reg_covar) if method == "gmm" else KMeansSteps(shift, spread)
+
+
+def _from_k_means(x: Tensor, num_components: int, seeds: list[int], steps: Steps, stopping: Stopping) -> Clustering:
+    """The best k-means of a small sample, and for a mixture the components that its clusters make."""
+    on_cpu = x.cpu()  # each kind of device draws other random numbers
+    centers = [kmeans_plusplus(on_cpu, num_components, seed=seed).to(x) for seed in seeds]
+    starts = [lloyd(x, mean, shift=steps.shift, spread=steps.spread, stopping=stopping) for mean in centers]
     fitted = min(starts, key=lambda clustering: clustering.objective)
-    if method == "gmm":
-        fitted = _hard_update(start, fitted, spread, reg_covar)
-    sample = x[order[:_SAMPLE_VECTORS].sort().values]
-    for vectors in (sample, x) if len(x) > len(sample) else (x,):
-        if method == "kmeans":
-            fitted = lloyd(vectors, fitted.mean, shift=shift, spread=spread, stopping=stopping)
-        else:
-            assert fitted.var is not None
-            assert fitted.prior is not None
-            theta = fitted.mean, fitted.var, fitted.prior
-            fitted = expectation_maximisation(vectors, *theta, shift=shift, stopping=stopping, reg_covar=reg_covar)
-    return fitted
+    return _hard_update(x, fitted, steps) if isinstance(steps, GaussianSteps) else fitted
 
 
-def _hard_update(x: Tensor, clustering: Clustering, spread: Tensor, reg_covar: float) -> Clustering:
+def _hard_update(x: Tensor, clustering: Clustering, steps: GaussianSteps) -> Clustering:
     """A mixture's start from k-means: each centre's own vectors' mean, variance and part (``spread`` without any)."""
     nearest = assign(x, clustering)
-    mean, var = clustering.mean.clone(), spread.expand_as(clustering.mean) + reg_covar
+    mean, var = clustering.mean.clone(), steps.spread.expand_as(clustering.mean) + steps.reg_covar
     for component in range(len(mean)):
         members = x[nearest == component]
         if len(members):
             mean[component] = members.mean(dim=0)
-            var[component] = members.var(dim=0, correction=0) + reg_covar
+            var[component] = members.var(dim=0, correction=0) + steps.reg_covar
     prior = torch.bincount(nearest, minlength=len(mean)).clamp_min(1).to(mean.dtype)
     return dataclasses.replace(clustering, mean=mean, var=var, prior=prior / prior.sum())
 
 
 def expectation_maximisation(
-    x: Tensor,
+    x: Rows | SharedRows,
     mean: Tensor,
     var: Tensor,
     prior: Tensor,
@@ -166,7 +176,7 @@ def expectation_maximisation(
     """EM for diagonal Gaussians from a given start, as scikit-learn's ``GaussianMixture(covariance_type="diag")``.
 
     Args:
-        x: ``(M, F)``, floating point or uint8.
+        x: ``(N, F)``, floating point or uint8.
         mean: ``(K, F)``.
         var: ``(K, F)``.
         prior: ``(K,)``.
@@ -177,55 +187,13 @@ def expectation_maximisation(
     Returns:
         The components after the last M-step.
     """
-    fewest, revivals = _fewest(x, mean, stopping.min_share), _MAX_REVIVALS * len(mean)
-    previous, objective, passes = -math.inf, -math.inf, 0
-    for _ in _progress(stopping.max_iterations, "fitting the mixture"):
-        passes += 1
-        stats = _mixture_statistics(x, mean, var, prior, shift)
-        updated = mixture_update(stats, shift=shift.double(), reg_covar=reg_covar)
-        mean, var, prior = (part.to(mean.dtype) for part in updated)
-        objective = float(stats.log_likelihood / stats.num_vectors)
-        lost = (stats.total < fewest).nonzero().flatten().tolist()
-        if lost and revivals > 0:
-            revivals -= len(lost)
-            mean, var, prior = _split_largest(mean, var, prior, lost)
-            previous = -math.inf
-        elif abs(objective - previous) < stopping.tol:
-            break
-        else:
-            previous = objective
-    return Clustering(mean=mean, var=var, prior=prior, objective=objective, num_iterations=passes)
-
-
-def _progress(max_iterations: int, description: str) -> Iterator[int]:
-    yield from tqdm(range(max_iterations), desc=description, unit="pass", disable=None, leave=False)
-
-
-def _fewest(x: Tensor, mean: Tensor, min_share: float) -> float:
-    return max(0.5, min_share * len(x) / len(mean)) if min_share else -1.0
-
-
-def _mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, shift: Tensor) -> MixtureStatistics:
-    sums = sum_chunks(x, mean.dtype, lambda chunk: mixture_statistics(chunk, mean, var, prior, shift=shift))
-    return MixtureStatistics(*sums)
-
-
-def _split_largest(mean: Tensor, var: Tensor, prior: Tensor, lost: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each lost component becomes one half of the then largest one, half a standard deviation to either side."""
-    mean, var, prior = mean.clone(), var.clone(), prior.clone()
-    prior[lost] = 0
-    for component in lost:
-        largest = int(prior.argmax())
-        offset = var[largest].sqrt() / 2
-        mean[component] = mean[largest] + offset
-        mean[largest] -= offset
-        var[component] = var[largest]
-        prior[component] = prior[largest] = prior[largest] / 2
-    return mean, var, prior / prior.sum()
+    start = Clustering(mean=mean, var=var, prior=prior, objective=-math.inf, num_iterations=0)
+    data = x if isinstance(x, SharedRows) else SharedRows(x)
+    return _full_passes(data, start, GaussianSteps(shift.to(mean), var.mean(dim=0), reg_covar), stopping)
 
 
 def lloyd(
-    x: Tensor,
+    x: Rows | SharedRows,
     mean: Tensor,
     *,
     shift: Tensor,
@@ -235,7 +203,7 @@ def lloyd(
     """Lloyd's algorithm for k-means from given centres.
 
     Args:
-        x: ``(M, F)``, floating point or uint8.
+        x: ``(N, F)``, floating point or uint8.
         mean: centres ``(K, F)``.
         shift: ``(F,)``, near the data's mean.
         spread: variance of each feature ``(F,)``: the scale of ``tol``, and of splits.
@@ -244,86 +212,80 @@ def lloyd(
     Returns:
         The centres after the last update.
     """
-    fewest, revivals = _fewest(x, mean, stopping.min_share), _MAX_REVIVALS * len(mean)
-    objective, passes = math.inf, 0
-    for _ in _progress(stopping.max_iterations, "fitting k-means"):
+    start = Clustering(mean=mean, var=None, prior=None, objective=math.inf, num_iterations=0)
+    data = x if isinstance(x, SharedRows) else SharedRows(x)
+    return _full_passes(data, start, KMeansSteps(shift.to(mean), spread), stopping)
+
+
+def _full_passes(data: SharedRows, start: Clustering, steps: Steps, stopping: Stopping) -> Clustering:
+    """E-steps over all vectors, an M-step after each, until the clustering has settled."""
+    fitted, objective, passes = dataclasses.replace(start, objective=math.inf), math.inf, 0
+    revivals = _MAX_REVIVALS * len(fitted.mean)
+    for _ in _progress(data, stopping.max_iterations, f"fitting {steps.name}"):
         passes += 1
-        count, first, distance = _nearest_statistics(x, mean, shift)
-        objective = float(distance / len(x))
-        updated = torch.where(count[:, None] > 0, first / count.clamp_min(1)[:, None] + shift.double(), mean.double())
-        moved, mean = float((updated - mean.double()).square().sum()), updated.to(mean.dtype)
-        lost = (count < fewest).nonzero().flatten().tolist()
+        text = f"fitting {steps.name}, pass {passes}"
+        sums = Sums(*data.sum(steps.expectation(fitted), fitted.mean.dtype, text))
+        before, (fitted, total) = fitted, _updated(data, sums, fitted, steps)
+        objective = float(sums.objective / sums.num_vectors)
+        fitted = dataclasses.replace(fitted, objective=objective)
+        lost = (total < stopping.fewest(data.count, len(total))).nonzero().flatten().tolist()
         if lost and revivals > 0:
             revivals -= len(lost)
-            mean, _, _ = _split_largest(mean, spread.expand_as(mean), (count / count.sum()).to(mean.dtype), lost)
-        elif moved <= stopping.tol * float(spread.mean()):
+            fitted = dataclasses.replace(_split_largest(fitted, total, steps.spread, lost), objective=math.inf)
+        elif steps.settled(before, fitted, stopping.tol):
             break
-    return Clustering(mean=mean, var=None, prior=None, objective=objective, num_iterations=passes)
+    return dataclasses.replace(fitted, objective=objective, num_iterations=passes)
 
 
-def _nearest_statistics(x: Tensor, mean: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the vectors nearest to each centre: count ``(K,)``, sum about ``shift`` ``(K, F)``; all squared distances."""
-    centered = mean - shift
-
-    def statistics(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chunk = chunk - shift
-        score = chunk @ centered.T - centered.square().sum(dim=1) / 2
-        best, nearest = score.max(dim=1)
-        weight = torch.nn.functional.one_hot(nearest, len(mean)).to(chunk.dtype)
-        distance = (chunk.square().sum(dim=1) - 2 * best).clamp_min(0).sum()
-        return weight.sum(dim=0), weight.T @ chunk, distance
-
-    count, first, distance = sum_chunks(x, mean.dtype, statistics)
-    return count, first, distance
+def _progress(data: SharedRows, max_iterations: int, description: str) -> Iterator[int]:
+    hidden = None if data.processes.first else True
+    yield from tqdm(range(max_iterations), desc=description, unit="pass", disable=hidden, leave=False)
 
 
-def principal_components(
-    x: Tensor, num_components: int, *, seed: int = 0, num_passes: int = 4
-) -> tuple[Tensor, Tensor]:
-    """Leading principal components by randomised subspace iteration (Halko, Martinsson and Tropp 2011) over chunks.
-
-    Args:
-        x: ``(M, F)``, floating point or uint8.
-        num_components: ``D``, at most ``min(M, F)``.
-        seed: of the random start.
-        num_passes: passes over ``x`` that turn the subspace.
-
-    Returns:
-        mean ``(F,)`` and orthonormal components ``(D, F)``, strongest first; float32.
-    """
-    features = x.shape[1]
-    [total] = sum_chunks(x, torch.float32, lambda chunk: [chunk.sum(dim=0, dtype=torch.float64)])
-    mean = (total / len(x)).float()
-    width = min(features, num_components + 10)  # oversampling, as the paper advises
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(features, width, generator=generator).to(x.device)).Q
-    for _ in range(num_passes):
-        basis = torch.linalg.qr(_covariance_times(x, mean, basis)).Q
-    small = basis.T @ _covariance_times(x, mean, basis)
-    rotation = torch.linalg.eigh((small + small.T) / 2).eigenvectors.flip(1)[:, :num_components]
-    return mean, (basis @ rotation).T.contiguous()
+def _mini_batches(
+    data: SharedRows, start: Clustering, steps: Steps, stopping: Stopping, generator: torch.Generator
+) -> tuple[Clustering, int]:
+    """One pass in mini-batches, once more after each that lost a component; and how many there were."""
+    fitted = start
+    for number in range(1 + _MAX_REVIVALS):
+        means: Sums | None = None
+        text = f"fitting {steps.name} in mini-batches"
+        for t, sum_over in enumerate(data.sums_of_batches(fitted.mean.dtype, generator, text)):
+            sums = Sums(*sum_over(steps.expectation(fitted)))
+            batch = Sums(*(part / sums.num_vectors for part in sums))
+            rate = (t + 1) ** -_FORGETTING
+            means = batch if means is None else means.towards(batch, rate)
+            fitted, share = _updated(data, means, fitted, steps)
+        lost = (share * data.count < stopping.fewest(data.count, len(share))).nonzero().flatten().tolist()
+        if not lost or number == _MAX_REVIVALS:
+            break
+        fitted = _split_largest(fitted, share, steps.spread, lost)
+    return fitted, number + 1
 
 
-def _covariance_times(x: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    def product(chunk: Tensor) -> list[Tensor]:
-        chunk = chunk - mean
-        return [chunk.T @ (chunk @ basis)]
+def _updated(data: SharedRows, sums: Sums, fitted: Clustering, steps: Steps) -> tuple[Clustering, Tensor]:
+    """The M-step, alike on all processes, and the vectors' parts in each component."""
+    updated = steps.maximisation(sums, fitted)
+    if updated.var is None or updated.prior is None:
+        total, mean = data.processes.of_first([sums.total, updated.mean])
+        return dataclasses.replace(updated, mean=mean), total
+    total, mean, var, prior = data.processes.of_first([sums.total, updated.mean, updated.var, updated.prior])
+    return dataclasses.replace(updated, mean=mean, var=var, prior=prior), total
 
-    [total] = sum_chunks(x, torch.float32, product)
-    return (total / len(x)).float()
 
-
-def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
-    """Coordinates of vectors along principal components.
-
-    Args:
-        x: ``(M, F)``, floating point or uint8.
-        mean: ``(F,)``.
-        components: ``(D, F)``.
-
-    Returns:
-        float64 ``(M, D)``, on the device of ``x``.
-    """
-    mean, components = mean.to(x.device, torch.float64), components.to(x.device, torch.float64)
-    parts = map_chunks(x, torch.float64, lambda chunk: (chunk - mean) @ components.T)
-    return torch.cat(parts) if parts else components.new_empty(0, len(components))
+def _split_largest(clustering: Clustering, total: Tensor, spread: Tensor, lost: list[int]) -> Clustering:
+    """Each lost component becomes one half of the then largest one, half a standard deviation to either side."""
+    mean = clustering.mean.clone()
+    var = spread.expand_as(mean).clone() if clustering.var is None else clustering.var.clone()
+    prior = (total / total.sum()).to(mean.dtype)
+    prior[lost] = 0
+    for component in lost:
+        largest = int(prior.argmax())
+        offset = var[largest].sqrt() / 2
+        mean[component] = mean[largest] + offset
+        mean[largest] -= offset
+        var[component] = var[largest]
+        prior[component] = prior[largest] = prior[largest] / 2
+    if clustering.var is None:
+        return dataclasses.replace(clustering, mean=mean)
+    return dataclasses.replace(clustering, mean=mean, var=var, prior=prior / prior.sum())

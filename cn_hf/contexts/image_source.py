@@ -33,6 +33,7 @@ from cn_hf.contexts.images import (
     to_array,
     to_image,
 )
+from cn_hf.contexts.processes import ALONE, Processes
 from cn_hf.errors import ConfigError, ContextSourceError, InputTypeError
 
 if TYPE_CHECKING:
@@ -132,15 +133,18 @@ class ImageContextSource(RowContextSource):
         split, rows = self._training_rows(split)
         self._fit_chunks(self._split_chunks(split, rows))
 
-    def _split_chunks(self, split: Split, rows: list[int] | None) -> Iterator[PixelChunk]:
-        for batch in self._decoded(split, rows):
+    def _split_chunks(self, split: Split, rows: list[int] | None, processes: Processes = ALONE) -> Iterator[PixelChunk]:
+        """Decoded images of a split; of one shared by several processes, where ``rows`` are this one's, its part."""
+        for batch in self._decoded(split, rows, processes):
             yield from self._by_size(batch[1], batch[0])
 
-    def _decoded(self, split: Split, rows: list[int] | None = None) -> Iterator[tuple[list[int], list[Array]]]:
+    def _decoded(
+        self, split: Split, rows: list[int] | None = None, processes: Processes = ALONE
+    ) -> Iterator[tuple[list[int], list[Array]]]:
         """Rows and arrays of a split, as many at a time as ``_GROUP_BYTES`` hold: few large steps beat many small."""
         group: tuple[list[int], list[Array]] = ([], [])
         held = 0
-        for places, arrays in self._decoded_batches(split, rows):
+        for places, arrays in self._decoded_batches(split, rows, processes):
             group[0].extend(places)
             group[1].extend(arrays)
             held += sum(array.nbytes for array in arrays)
@@ -149,7 +153,8 @@ class ImageContextSource(RowContextSource):
                 group, held = ([], []), 0
         yield group
 
-    def _decoded_batches(self, split: Split, rows: list[int] | None) -> Iterator[DecodedBatch]:
+    def _decoded_batches(self, split: Split, rows: list[int] | None, processes: Processes) -> Iterator[DecodedBatch]:
+        streamed = isinstance(split, datasets.IterableDataset)
         return iter_decoded(
             split,
             self.image_column,
@@ -157,8 +162,9 @@ class ImageContextSource(RowContextSource):
             size=self.image_size,
             batch_size=self.batch_size,
             rows=rows,
+            keep=processes.owns if streamed and processes.count > 1 else None,
             num_workers=self.num_workers,
-            progress=f"{self.__class__.__name__}: decoding",
+            progress=f"{self.__class__.__name__}: decoding" if processes.first else None,
         )
 
     def _given_chunks(self, images: Any) -> Iterable[PixelChunk]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -225,6 +225,7 @@ def iter_decoded(
     size: int | Sequence[int] | None = None,
     batch_size: int = 256,
     rows: Sequence[int] | None = None,
+    keep: Callable[[int], bool] | None = None,
     num_workers: int = 0,
     skip_corrupt: bool = False,
     progress: str | None = None,
@@ -238,6 +239,7 @@ def iter_decoded(
         size: int or (height, width) to resize to; None keeps every image's own.
         batch_size: rows read at once.
         rows: of a ``Dataset``, only these, in this order; None for all.
+        keep: of a stream, which cannot be asked for rows, decode the batches whose first row this is true of.
         num_workers: threads that decode; 0 decodes in this one.
         skip_corrupt: leave out rows that cannot be decoded instead of raising; a gap in ``rows`` tells.
         progress: text before a progress bar; None shows none.
@@ -252,6 +254,8 @@ def iter_decoded(
     size = check_image_options(mode, size)
     column = find_image_column(features_of(split), image_column)
     batches = raw_batches(split, [column], batch_size, rows)
+    if keep is not None:
+        batches = (batch for batch in batches if keep(batch[0][0]))
     known = rows if rows is not None else split if isinstance(split, datasets.Dataset) else None
     total = None if known is None else len(known)
     with tqdm(total=total, desc=progress, unit="image", disable=None if progress else True, leave=False) as bar:

@@ -73,7 +73,7 @@ def shift_scale_backward(
 
 
 def vector_statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor]:
-    """Mean (empty unless ``centered``) and ``1 / sqrt(variance + eps)`` of each vector, ``(N, ...)``, differentiable."""
+    """Mean (empty unless ``centered``) and ``1 / sqrt(variance + eps)`` of each vector, ``(N, ...)``."""
     mean = x.mean(-1) if centered else x.new_empty(0)
     deviation = x - mean.unsqueeze(-1) if centered else x
     return mean, torch.rsqrt(deviation.square().mean(-1) + eps)
