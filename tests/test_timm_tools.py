@@ -79,7 +79,7 @@ def test_moving_averages_average_the_contexts_too(version):
     assert timm.utils.unwrap_model(average) is averaged
     if version.startswith("v3"):
         assert torch.equal(average(x, context_ids=IDS), averaged(x, context_ids=IDS))
-    with cn_hf.use_contexts(model, IDS):  # the average has a router of its own
+    with torch.no_grad(), cn_hf.use_contexts(model, IDS):  # the average has a router of its own
         assert torch.equal(averaged(x), reference(x))
 
 
