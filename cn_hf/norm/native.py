@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL | None:
         if not path.exists():
             _compile([*command, str(SOURCE), *options], path)
         loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"The CPU kernels of context normalization are not used, torch's operators are: {output.strip()[-500:]} "
@@ -105,12 +105,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler: what ``CXX`` names, else the first of c++, g++, clang++ on the path; None for none."""
-    if sys.platform == "win32":
-        return None
+    """The C++ compiler: what ``CXX`` names, else on Linux the first of c++, g++, clang++ on the path; None for none."""
     given = os.environ.get("CXX", "").split()
-    if given:
-        return given if shutil.which(given[0]) else None
+    if sys.platform == "win32" or (given and shutil.which(given[0]) is None):
+        return None
+    if given or sys.platform != "linux":  # compilers of other systems come without OpenMP
+        return given or None
     found = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
     return None if found is None else [found]
 
