@@ -45,6 +45,7 @@ from cn_hf.norm.em import (
     seed_mixture,
     statistics_dtype,
 )
+from cn_hf.norm.mixture_kernels import fused_mixture_norm, has_mixture_kernels
 
 __all__ = [
     "Mixture",
@@ -308,6 +309,13 @@ def _in_pieces(
     bias: Tensor | None,
 ) -> Tensor:
     """CN+ without gradients: a piece after the other, as it lies in memory, while all of it is in the cache."""
+    if x.is_cuda and plus_stats == "learned" and kernels.fused("cuda", x.dtype):
+        from cn_hf.norm import triton_combination
+
+        combination = Combination.of(*statistics, eps)
+        done = triton_combination.combine(x, shift, *densities[1:], *combination, factor, weight, bias, feature_dim)
+        if done is not None:  # not too many contexts
+            return done
     source, axis = _in_order(x, feature_dim)
     cuts = [*pieces(source, len(densities.constant), axis)]
 
@@ -373,6 +381,11 @@ def mixture_norm(
     """
     dtype = statistics_dtype(x, theta.mean)
     with full_precision(x.device):
+        on_batch = statistics is None and not distributed
+        if on_batch and not _looked_into(x, weight, bias) and has_mixture_kernels(x, len(theta.mean), feature_dim):
+            constants = (part.detach().to(dtype) for part in theta[:3])
+            out, mean, var = fused_mixture_norm(x, weight, bias, *constants, eps, feature_dim)
+            return out, (mean, var)
         vectors = _feature_vectors(x, feature_dim).to(dtype)
         log_tau = log_posteriors(vectors, theta.mean.detach(), theta.var.detach(), theta.prior.detach())
         if statistics is None:
