@@ -383,8 +383,8 @@ def mixture_norm(
     with full_precision(x.device):
         on_batch = statistics is None and not distributed
         if on_batch and not _looked_into(x, weight, bias) and has_mixture_kernels(x, len(theta.mean), feature_dim):
-            constants = (part.detach().to(dtype) for part in theta[:3])
-            out, mean, var = fused_mixture_norm(x, weight, bias, *constants, eps, feature_dim)
+            given = theta.mean.detach().to(dtype), theta.var.detach().to(dtype), theta.prior.detach().to(dtype)
+            out, mean, var = fused_mixture_norm(x, weight, bias, *given, eps, feature_dim)
             return out, (mean, var)
         vectors = _feature_vectors(x, feature_dim).to(dtype)
         log_tau = log_posteriors(vectors, theta.mean.detach(), theta.var.detach(), theta.prior.detach())
