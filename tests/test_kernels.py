@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cn_hf
-from cn_hf.errors import ConfigError
+from cn_hf.errors import ConfigError, InputShapeError
 from cn_hf.norm import formulas, kernels, native
-from cn_hf.norm.functional import norm_shift_scale, shift_scale
+from cn_hf.norm.functional import context_norm, norm_shift_scale, shift_scale
 
 EPS = 1e-5
 
@@ -136,6 +136,39 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
         assert out.shape == x.shape
         for gradient, leaf in zip(torch.autograd.grad(out.sum(), [x, center, scale]), (x, center, scale), strict=True):
             assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("shape", [(3, 13), (6, 13), (1, 12), (5, 14), (13,), (5, 1)])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_rows_that_do_not_fit_are_an_error(shape: tuple[int, ...], which: int) -> None:
+    """The kernels would read memory that is not theirs."""
+    x, rows = torch.randn(5, 11, 13), coefficients(5, 13)
+    rows[which] = torch.rand(shape)
+    for run in (
+        lambda: shift_scale(x, *rows, feature_dim=-1),  # type: ignore[arg-type]
+        lambda: shift_scale(x.mT.contiguous(), *rows, feature_dim=1),  # type: ignore[arg-type]
+        lambda: norm_shift_scale(x, *rows, eps=EPS, centered=True),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputShapeError, match="one row a sample"):
+            run()
+
+
+def test_fewer_ids_than_samples_are_an_error() -> None:
+    mean, var = torch.randn(2, 3), torch.rand(2, 3)
+    for ids in (torch.tensor([0, 1, 1]), torch.full((2, 2), 0.5), torch.zeros(6, dtype=torch.int64)):
+        with pytest.raises(InputShapeError, match="one context id a sample"):
+            context_norm(torch.randn(5, 4, 3), mean, var, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_other_dtypes(of_x: torch.dtype, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, 5).to(of_x).requires_grad_()
+    center, scale, _ = (row if row is None else row.to(dtype) for row in coefficients(4, 5))
+    out = shift_scale(x, center, scale, feature_dim=-1)  # type: ignore[arg-type]
+    close(out, (x.double() - center[:, None]) * scale[:, None], 2**-7)  # type: ignore[index]
+    [grad] = torch.autograd.grad(out.sum(), x)
+    close(grad, scale.double()[:, None].expand(x.shape), 2**-7)  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("compiled")

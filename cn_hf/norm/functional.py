@@ -85,9 +85,8 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    if torch.compiler.is_compiling() or _looked_into(
-        x, center, scale, offset
-    ):  # a compiler fuses it with its neighbours
+    # A compiler fuses torch's own operators with their neighbours.
+    if torch.compiler.is_compiling() or _looked_into(x, center, scale, offset):
         return formulas.shift_scale(x, center, scale, offset, feature_dim)
     return kernels.shift_scale(x, center, scale, offset, feature_dim)
 

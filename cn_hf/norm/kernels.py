@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_hf.errors import ConfigError, nearest
+from cn_hf.errors import ConfigError, InputShapeError, nearest
 from cn_hf.norm import cpu_kernels, formulas, native
 from cn_hf.norm.formulas import Gradients
 
@@ -119,7 +119,11 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
 
     Returns:
         Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        InputShapeError: the coefficients are not one row a sample, or one for all.
     """
+    _check_rows(x, feature_dim, center, scale, offset)
     out: Tensor = torch.ops.cn_hf.shift_scale(x, center, scale, offset, feature_dim)
     return out
 
@@ -139,9 +143,24 @@ def norm_shift_scale(
 
     Returns:
         Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        InputShapeError: the coefficients are not one row a sample, or one for all.
     """
+    _check_rows(x, -1, center, scale, offset)
     out: Tensor = torch.ops.cn_hf.norm_shift_scale(x, center, scale, offset, eps, centered)[0]
     return out
+
+
+def _check_rows(x: Tensor, feature_dim: int, *rows: Tensor | None) -> None:
+    """The kernels read memory as these shapes say."""
+    samples, features = x.shape[0], x.shape[feature_dim]
+    for row in rows:
+        if row is not None and row.shape != (samples, features) and row.shape != (1, features):
+            raise InputShapeError(
+                f"Statistics of a batch of shape {tuple(x.shape)} must be ({samples}, {features}), one row a sample, "
+                f"or (1, {features}), received {tuple(row.shape)}: is there one context id a sample?"
+            )
 
 
 # --------------------------------------------------------------------------------------------------- what computes them
@@ -149,17 +168,18 @@ def norm_shift_scale(
 
 def _register(name: str) -> None:
     reference = getattr(formulas, name)
+    activations = 2 if name.endswith("_backward") else 1  # the gradient comes before x
 
     def everywhere(*arguments: Any) -> Any:
         return _filled(reference(*arguments), arguments[0])
 
     def on_cpu(*arguments: Any) -> Any:
-        known = _known("cpu", arguments)
+        known = _known("cpu", activations, arguments)
         out = getattr(cpu_kernels, name)(*arguments) if known else None
         return everywhere(*arguments) if out is None else _filled(out, arguments[0])
 
     def on_cuda(*arguments: Any) -> Any:
-        if not _known("cuda", arguments):
+        if not _known("cuda", activations, arguments):
             return everywhere(*arguments)
         from cn_hf.norm import triton_kernels
 
@@ -169,11 +189,15 @@ def _register(name: str) -> None:
         _LIBRARY.impl(name, function, key)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-def _known(device_type: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether our kernels know such arguments: statistics in float32, and no coefficients apart in memory."""
-    first, *others = (argument for argument in arguments if isinstance(argument, Tensor))
-    return fused(device_type, first.dtype) and all(
-        other.dtype in (first.dtype, torch.float32) and (other.dim() != 2 or other.stride(-1) == 1) for other in others
+def _known(device_type: str, activations: int, arguments: tuple[Any, ...]) -> bool:
+    """Whether our kernels know such arguments: all on the device, statistics in float32 and their rows in order."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    x, rows = tensors[activations - 1], tensors[activations:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        fused(device_type, x.dtype)
+        and all(tensor.device == x.device for tensor in tensors)
+        and all(row.dtype == wide and (row.dim() != 2 or row.stride(-1) == 1) for row in rows)
     )
 
 

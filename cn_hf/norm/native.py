@@ -82,10 +82,9 @@ def library() -> ctypes.CDLL | None:
     if command is None:
         return None
     options = [*_FLAGS, *_openmp_of_torch()]
-    mark = "\0".join([SOURCE.read_text(), *command, _version(command), *options, _processor()])
-    name = f"{hashlib.sha256(mark.encode()).hexdigest()[:20]}.so"
-    path = cache_folder() / name
     try:
+        mark = "\0".join([SOURCE.read_text(), *command, _version(command), *options, _processor()])
+        path = cache_folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:20]}.so"
         if not path.exists():
             _compile([*command, str(SOURCE), *options], path)
         loaded = ctypes.CDLL(str(path))
@@ -93,7 +92,7 @@ def library() -> ctypes.CDLL | None:
         output = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"The CPU kernels of context normalization are not used, torch's operators are: {output.strip()[-500:]} "
-            f"(compiler {' '.join(command)}, cache {path.parent}; CN_HF_KERNELS=reference never compiles).",
+            f"(compiler {' '.join(command)}; CN_HF_KERNELS=reference never compiles).",
             stacklevel=2,
         )
         return None
