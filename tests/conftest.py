@@ -42,6 +42,36 @@ def start() -> Iterator[Starter]:
         os.environ["PYTHONPATH"] = path
 
 
+@pytest.fixture
+def device() -> str:
+    """Where CUDA kernels run: a GPU, or the CPU in Triton's interpreter."""
+    from triton_cases import INTERPRETED
+
+    if INTERPRETED:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    pytest.skip("no CUDA device; test_in_the_interpreter runs this on the CPU")
+
+
+@pytest.fixture
+def cuda() -> str:
+    """A GPU."""
+    from triton_cases import INTERPRETED
+
+    if INTERPRETED or not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cn_hf.data import Augmentation, AugmentationConfig, build_augmentation
 from cn_hf.errors import ConfigError, InputShapeError, InputTypeError
 
-ALL = ["flip", "crop", "rotation", "zoom"]
+ALL = ["flip", "crop", "rotation", "zoom", "invert"]
 
 
 def images(n: int = 16, side: int = 12) -> Tensor:
@@ -29,6 +29,18 @@ def test_flip_mirrors_some_and_leaves_others() -> None:
     assert (mirrored ^ same).all()
     assert 16 < mirrored.sum() < 48
     assert torch.equal(build_augmentation(["flip"], horizontal_flip=1.0)(x, seed=0), x.flip(3))
+
+
+def test_invert_makes_negatives_of_some_and_leaves_others() -> None:
+    x = images(64)
+    y = build_augmentation(["invert"])(x, seed=1)
+    negative = torch.isclose(y, 1 - x).flatten(1).all(1)
+    same = (y == x).flatten(1).all(1)
+    assert (negative ^ same).all()
+    assert 16 < negative.sum() < 48
+    beyond = build_augmentation(["crop"], invert=1.0)(torch.ones(200, 3, 8, 8), seed=0)
+    assert beyond.max() == 1, "the crop's black is inverted, too"
+    assert beyond.min() == 0
 
 
 def test_crop_shifts_by_up_to_the_padding_with_black_beyond() -> None:
@@ -51,7 +63,7 @@ def test_crop_by_resampling_is_the_crop_by_slicing() -> None:
 
     x = images(32)
     augment = build_augmentation(["crop"], crop_padding=3)
-    [_, crop, _] = augment._random_operations(x)
+    _, crop, *_ = augment._random_operations(x)
     drawn = crop.forward_parameters(x.shape)
     resampling = K.RandomCrop((12, 14), padding=3, cropping_mode="resample")
     torch.testing.assert_close(crop(x, params=dict(drawn)), resampling(x, params=dict(drawn)), atol=2e-5, rtol=0)
@@ -61,7 +73,7 @@ def test_crop_by_resampling_is_the_crop_by_slicing() -> None:
 def test_each_image_is_drawn_for_itself(name: str) -> None:
     y = build_augmentation([name])(copies(32, side=32), seed=0)
     distinct = {tuple(image.flatten().tolist()) for image in y}
-    assert len(distinct) >= (2 if name == "flip" else 16)
+    assert len(distinct) >= (2 if name in ("flip", "invert") else 16)
 
 
 @pytest.mark.parametrize("names", [[name] for name in ALL] + [ALL])
@@ -151,7 +163,7 @@ def test_values_stay_in_range_and_dtype() -> None:
 
 
 def test_config_round_trips_json() -> None:
-    config = AugmentationConfig(horizontal_flip=0.25, crop_padding=2, rotation=5.0, zoom=0.1, image_size=72)
+    config = AugmentationConfig(horizontal_flip=0.25, crop_padding=2, rotation=5.0, zoom=0.1, invert=0.5, image_size=72)
     assert config.image_size == (72, 72)
     assert AugmentationConfig.from_json(config.to_json()) == config
     assert AugmentationConfig.from_json(AugmentationConfig().to_json()) == AugmentationConfig()
@@ -164,6 +176,7 @@ def test_config_round_trips_json() -> None:
     ("options", "message"),
     [
         ({"horizontal_flip": 1.5}, "probability"),
+        ({"invert": -0.1}, "invert is a probability"),
         ({"crop_padding": -1}, "pixels"),
         ({"crop_padding": 1.5}, "pixels"),
         ({"rotation": -3}, "degrees"),

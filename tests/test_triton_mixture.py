@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import HALF_ULP, INTERPRETED, MAPS, Case, Recorder, draw, run_in_the_interpreter, stack_bytes, triton
 
-triton = pytest.importorskip("triton", reason="triton is not installed (CPU-only torch): nothing to test")
+from cn_hf.norm import triton_combination, triton_mixture
+from cn_hf.norm.combination import Combination
+from cn_hf.norm.em import Densities, Mixture
+from cn_hf.norm.functional import mixture_norm
+from cn_hf.norm.kernels import use_kernels
+from cn_hf.norm.mixture_kernels import fused_mixture_norm
 
-from test_triton_kernels import HALF_ULP, INTERPRETED, MAPS, Case, Recorder, draw, stack_bytes  # noqa: E402
-
-from cn_hf.norm import triton_combination, triton_mixture  # noqa: E402
-from cn_hf.norm.combination import Combination  # noqa: E402
-from cn_hf.norm.em import Densities, Mixture  # noqa: E402
-from cn_hf.norm.functional import mixture_norm  # noqa: E402
-from cn_hf.norm.kernels import use_kernels  # noqa: E402
-from cn_hf.norm.mixture_kernels import fused_mixture_norm  # noqa: E402
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 1e-3
 LAYOUTS = [
@@ -48,41 +43,7 @@ LAYOUTS = [
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """Triton decides at its import whether kernels are interpreted, so a process of its own runs the tests below."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter")
-    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "not real_size"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    root = Path(__file__).resolve().parents[1]
-    run = subprocess.run(command, env=env | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout, run.stdout
-    assert " skipped" not in run.stdout, run.stdout
-
-
-@pytest.fixture
-def device() -> str:
-    if INTERPRETED:
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    pytest.skip("no CUDA device; test_in_the_interpreter runs this on the CPU")
-
-
-@pytest.fixture
-def cuda() -> str:
-    if INTERPRETED or not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    run_in_the_interpreter(__file__)
 
 
 def statistics(case: Case, components: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

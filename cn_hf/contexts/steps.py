@@ -9,8 +9,8 @@ Shape legend: ``M`` vectors, ``F`` features, ``K`` components.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cn_hf.contexts.chunks import Rows, map_chunks
+from cn_hf.norm.em import Densities
 from cn_hf.norm.functional import MixtureStatistics, mixture_update
 
 __all__ = ["Clustering", "GaussianSteps", "KMeansSteps", "Steps", "Sums", "assign"]
@@ -65,19 +66,16 @@ class _Scores:
     """Log-densities of Gaussians with their priors, or of k-means' centres: greatest for the nearest."""
 
     def __init__(self, clustering: Clustering, shift: Tensor) -> None:
-        dtype = shift.dtype
-        centered = clustering.mean.to(shift) - shift
+        mean = clustering.mean.to(shift)
         self.quadratic: Tensor | None = None
         if clustering.var is None:
-            self.linear = centered
-            self.constant = centered.square().sum(dim=1, keepdim=True) / -2
+            self.linear = mean - shift
+            self.constant = self.linear.square().sum(dim=1, keepdim=True) / -2
         else:
             assert clustering.prior is not None
-            var, prior = clustering.var.to(shift), clustering.prior.to(shift)
-            precision = var.reciprocal()
-            self.linear, self.quadratic = centered * precision, precision / -2
-            normaliser = (centered.square() * precision + var.log()).sum(dim=1) + len(shift) * math.log(2 * math.pi)
-            self.constant = (prior.log() - normaliser / 2)[:, None].to(dtype)
+            densities = Densities.of(mean, clustering.var.to(shift), clustering.prior.to(shift), shift)
+            self.linear, self.quadratic = densities.linear.T, densities.squared.T
+            self.constant = densities.constant[:, None]
 
     def __call__(self, centered: Tensor, squared: Tensor) -> Tensor:
         """``(K, M)`` for vectors about the shift, and their squares."""
@@ -112,7 +110,7 @@ def assign(
     return map_chunks(x, torch.float64, best, ids, progress=progress).to(x.device)
 
 
-class Steps:
+class Steps(abc.ABC):
     """The steps of one method; subclasses define ``sums_of`` a chunk, ``update`` and ``settled``.
 
     Args:
@@ -126,17 +124,17 @@ class Steps:
         self.shift = shift
         self.spread = spread
 
+    @abc.abstractmethod
     def expectation(self, fitted: Clustering) -> Callable[[Tensor], Sums]:
         """The E-step as a function of chunks ``(m, F)``, which are on the device of ``shift``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def maximisation(self, sums: Sums, fitted: Clustering) -> Clustering:
         """The M-step: the components that ``sums`` of all vectors (or their means) call for; ``objective`` is kept."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def settled(self, before: Clustering, after: Clustering, tol: float) -> bool:
         """Whether a pass has changed little enough."""
-        raise NotImplementedError
 
 
 class GaussianSteps(Steps):

@@ -54,6 +54,7 @@ class AugmentationConfig:
         crop_padding: Pixels of black padding on each side before a crop of the old size at a random place.
         rotation: Largest turn in degrees, either way.
         zoom: Largest change of height and of width, each for itself, as a fraction; what lies beyond is mirrored in.
+        invert: Probability that an image becomes its negative: dark on light instead of light on dark.
         image_size: (H, W) or one number to resize to at the end (bilinear), also in evaluation; None: as they are.
 
     Raises:
@@ -64,11 +65,13 @@ class AugmentationConfig:
     crop_padding: int = 0
     rotation: float = 0.0
     zoom: float = 0.0
+    invert: float = 0.0
     image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.horizontal_flip <= 1:
-            raise ConfigError(f"horizontal_flip is a probability; got {self.horizontal_flip}")
+        for name in ("horizontal_flip", "invert"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name} is a probability; got {value}")
         if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
             raise ConfigError(f"crop_padding is a number of pixels, 0 or more; got {self.crop_padding}")
         if not 0 <= self.rotation <= 180:
@@ -116,6 +119,7 @@ class Augmentation:
         if config.rotation or config.zoom:
             scale = (1 - config.zoom, 1 + config.zoom) * 2
             self.affine = K.RandomAffine(degrees=config.rotation, scale=scale, padding_mode="reflection", p=1.0)
+        self.invert = K.RandomInvert(p=config.invert) if config.invert else None
 
     def __repr__(self) -> str:
         return f"Augmentation({self.config})"
@@ -164,6 +168,7 @@ class Augmentation:
             how = "slice" if images.device.type == "cpu" else "resample"
             yield K.RandomCrop((height, width), padding=self.config.crop_padding, cropping_mode=how)
         yield self.affine
+        yield self.invert
 
     def _resized(self, images: Tensor) -> Tensor:
         size = self.config.image_size
@@ -183,7 +188,7 @@ def build_augmentation(
 
     Args:
         names: Any of "flip" (horizontal, p = 1/2), "crop" (4 pixels of padding per 32 of the image are usual: 4),
-            "rotation" (7.2 degrees) and "zoom" (0.2); the last two are the strengths in the authors' notebooks.
+            "rotation" (7.2 degrees) and "zoom" (0.2), the strengths in the authors' notebooks, and "invert" (p = 1/2).
         image_size: Resize at the end; the paper's ViT takes 72.
         options: Options of ``AugmentationConfig``, which win over the usual strengths.
 
@@ -203,6 +208,7 @@ USUAL_STRENGTHS: dict[str, dict[str, float]] = {
     "crop": {"crop_padding": 4},
     "rotation": {"rotation": 7.2},
     "zoom": {"zoom": 0.2},
+    "invert": {"invert": 0.5},
 }
 
 

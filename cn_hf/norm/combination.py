@@ -48,14 +48,8 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     if distributed:
         peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
     with full_precision(x.device):
-        weight = (log_tau - peak).exp()
-        centered = x - shift
-        total, first, second = weight.sum(dim=0), weight.T @ centered, weight.T @ centered.square()
-    if distributed:
-        total, first, second = SumOverProcesses.apply(total, first, second)
-    mean = first / total[:, None]
-    var = (second / total[:, None] - mean.square()).clamp_min(0)
-    return mean + shift, var
+        sums = _weighted_sums(x, log_tau, peak, shift)
+    return _moments(SumOverProcesses.apply(*sums) if distributed else sums, shift)
 
 
 def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,21 +63,36 @@ def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift
         mean ``(K, C)`` and biased variance ``(K, C)``.
     """
     peak: Tensor | None = None
-    sums: list[Tensor] = []
+    sums: tuple[Tensor, ...] = ()
     for x, log_tau in parts:
-        over = (0,) if x.dim() == 2 else (0, 2)
-        before, largest = peak, log_tau.amax(over)
+        before, largest = peak, log_tau.amax(_vectors_of(log_tau))
         peak = largest if before is None else torch.maximum(before, largest)
-        weight = (log_tau - along_features(peak, log_tau)).exp()
-        centered = x - along_features(shift, x)
-        own = [weight.sum(over)[:, None], _weighted_sum(weight, centered), _weighted_sum(weight, centered.square())]
+        own = _weighted_sums(x, log_tau, peak, shift)
         if before is not None:
             kept = (before - peak).exp()[:, None]
-            own = [held * kept + part for held, part in zip(sums, own, strict=True)]
+            own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
         sums = own
+    return _moments(sums, shift)
+
+
+def _moments(sums: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(K, C)`` of ``_weighted_sums``."""
     total, first, second = sums
     mean = first / total
     return mean + shift, (second / total - mean.square()).clamp_min(0)
+
+
+def _weighted_sums(x: Tensor, log_tau: Tensor, peak: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """Of weights ``exp(log_tau - peak)``: their total ``(K, 1)``, and moments about the shift, both ``(K, C)``."""
+    weight = (log_tau - along_features(peak, log_tau)).exp()
+    centered = x - along_features(shift, x)
+    total = weight.sum(_vectors_of(weight))[:, None]
+    return total, _weighted_sum(weight, centered), _weighted_sum(weight, centered.square())
+
+
+def _vectors_of(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of vectors ``(M, C)`` or maps ``(N, C, L)`` that are not features."""
+    return (0,) if x.dim() == 2 else (0, 2)
 
 
 def _weighted_sum(weight: Tensor, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class AdaMatchConfig(TrainingConfig):
 
     share_labels: bool = option("the two datasets share one label space; AdaMatch needs it", True, section="data")
     contexts: str = option("origin (of each image), or another source for ssl", "origin", section="contexts")
-    augment: tuple[str, ...] = option("weak augmentation: flip, crop, rotation, zoom", ("crop",), section="data")
+    augment: tuple[str, ...] = option("weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data")
     batch_size: int = option("labelled images per step, over all processes", 64, section="training")
     epochs: int = option("passes over the unlabelled images", 10, section="training")
     optimizer: str = option("rmsprop, sgd, adam or adamw", "adam", section="training")

@@ -80,7 +80,7 @@ class TrainingConfig:
     max_test_images: int | None = option("test on the first so many images of a shuffle", None, section="data")
     share_labels: bool = option("blended datasets share one label space", False, section="data")
     skip_corrupt: bool = option("leave out images that cannot be read, and count them", False, section="data")
-    augment: tuple[str, ...] = option("flip, crop, rotation, zoom", (), section="data")
+    augment: tuple[str, ...] = option("flip, crop, rotation, zoom, invert", (), section="data")
     augment_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=about("options of AugmentationConfig", "data")
     )
