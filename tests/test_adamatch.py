@@ -13,6 +13,7 @@ from adamatch_runs import CLASSES, CONFIG, batches
 from torch import Tensor, nn
 
 import cn_hf
+from cn_hf.data.neighbours import Neighbours
 from cn_hf.data.randaugment import OPERATIONS, RandAugment
 from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
 from cn_hf.norm import DomainBatchNorm
@@ -260,6 +261,23 @@ def test_training_batches_are_standardised_like_test_images() -> None:
     torch.testing.assert_close(views.mean((-2, -1)), torch.zeros(15, 3), atol=1e-5, rtol=0)
 
 
+def test_labelled_images_alone_get_neighbours_and_in_both_views() -> None:
+    data = batches(CONFIG)
+    black = torch.zeros(1, 3, 9, 9)
+    beside = TwoViewBatches(
+        data.labelled, data.unlabelled, unlabelled_ratio=2, strong=RandAugment(0), num_classes=CLASSES,
+        neighbours=Neighbours(black, 1.0),
+    )  # fmt: skip
+    plain = TwoViewBatches(
+        data.labelled, data.unlabelled, unlabelled_ratio=2, strong=RandAugment(0), num_classes=CLASSES
+    )
+    batch, expected = next(iter(beside)), next(iter(plain))
+    for name in ("pixel_values", "strong_pixel_values"):
+        assert torch.equal(batch[name][5:], expected[name][5:])
+        darker = batch[name][:5].mean((1, 2, 3)) < expected[name][:5].mean((1, 2, 3))
+        assert darker.sum() >= 4
+
+
 # -------------------------------------------------------------------------------------------------------- RandAugment
 
 
@@ -399,6 +417,8 @@ def test_domain_batch_norm_of_nothing_and_of_half() -> None:
         ({"accumulation_steps": 2}, "accumulation_steps must be 1 for AdaMatch"),
         ({"mixup": 0.2}, "mixup must be 0.0 for AdaMatch"),
         ({"tau": 1.5}, r"tau must be in \[0, 1\], got 1.5"),
+        ({"strong_convolution": -0.5}, r"strong_convolution must be in \[0, 1\], got -0.5"),
+        ({"labelled_neighbours": 2.0}, r"labelled_neighbours must be in \[0, 1\], got 2.0"),
         ({"unlabelled_ratio": 0}, "unlabelled_ratio must be at least 1, got 0"),
         ({"labels_per_clas": 3}, "unknown option 'labels_per_clas'; did you mean 'labels_per_class'"),
     ],

@@ -146,6 +146,14 @@ def test_semi_supervised_learning_labels_a_few_of_one_dataset(night: Path) -> No
     assert "context_ids" not in next(iter(train))
 
 
+def test_how_views_are_made(day: Path, night: Path) -> None:
+    plain = batches_of(load(config_of(day, night)))
+    assert (repr(plain.strong), plain.neighbours) == ("RandAugment(2, 0.5)", None)
+    train = batches_of(load(config_of(day, night, strong_convolution=0.4, labelled_neighbours=0.3)))
+    assert repr(train.strong) == "InTurn(RandomConvolution(0.4), RandAugment(2, 0.5))"
+    assert repr(train.neighbours) == "Neighbours(54 images, 0.3)", "none of the target's"
+
+
 def test_images_are_standardised_alike_in_training_and_test(day: Path, night: Path) -> None:
     data = load(config_of(day, night, standardize="image"))
     for batches in (data.train, data.validation, data.test):

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_hf.data.order import stream_seed
 from cn_hf.errors import ConfigError, InputShapeError, InputTypeError, nearest
 
-__all__ = ["Augment", "Augmentation", "AugmentationConfig", "build_augmentation"]
+__all__ = ["Augment", "Augmentation", "AugmentationConfig", "InTurn", "build_augmentation"]
 
 # Parameters that kornia returns once per batch instead of once per image.
 PER_BATCH = ("forward_input_shape",)
@@ -179,6 +180,26 @@ class Augmentation:
         if len(images) == 0:
             return images.new_empty((0, images.shape[1], *size))
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+class InTurn:
+    """Several augmentations one after the other, each with random numbers of its own; the call is that of ``Augment``.
+
+    Args:
+        augments: At least one.
+    """
+
+    def __init__(self, *augments: Augment) -> None:
+        self.augments = augments
+
+    def __repr__(self) -> str:
+        return f"InTurn({', '.join(map(repr, self.augments))})"
+
+    def __call__(self, images: Tensor, *, seed: int, places: Tensor, total: int) -> Tensor:
+        """See ``Augment``."""
+        for number, augment in enumerate(self.augments):
+            images = augment(images, seed=stream_seed(seed, number), places=places, total=total)
+        return images
 
 
 def build_augmentation(

@@ -29,7 +29,7 @@ class AdaMatchConfig(TrainingConfig):
     """One AdaMatch run.
 
     ``batch_size`` counts the labelled images of a step, and an epoch is one pass over the unlabelled ones. ``augment``
-    is the weak augmentation; strong views are RandAugment's, on top of it.
+    is the weak augmentation; strong views are RandAugment's, on top of it, and of random convolutions if asked for.
 
     Raises:
         ConfigError: An option is unknown, of the wrong type or out of range, or contradicts another.
@@ -40,6 +40,12 @@ class AdaMatchConfig(TrainingConfig):
     unlabelled_ratio: int = option("unlabelled images of a step for each of batch_size", 3, section="data")
     strong_operations: int = option("operations of RandAugment on strong views", 2, section="data")
     strong_magnitude: float = option("their magnitude, as a part of the largest", 0.5, section="data")
+    labelled_neighbours: float = option(
+        "part of labelled images that are put between two others, as a digit stands in a number", 0.0, section="data"
+    )
+    strong_convolution: float = option(
+        "part of strong views that a random convolution goes over first", 0.0, section="data"
+    )
     standardize: str = option(
         "inputs by the mean and std of the dataset, or of each image (instance statistics)", "dataset", section="data"
     )
@@ -50,7 +56,9 @@ class AdaMatchConfig(TrainingConfig):
 
     share_labels: bool = option("the two datasets share one label space; AdaMatch needs it", True, section="data")
     contexts: str = option("origin (of each image), or another source for ssl", "origin", section="contexts")
-    augment: tuple[str, ...] = option("weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data")
+    augment: tuple[str, ...] = option(
+        "weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data"
+    )
     batch_size: int = option("labelled images per step, over all processes", 64, section="training")
     epochs: int = option("passes over the unlabelled images", 10, section="training")
     optimizer: str = option("rmsprop, sgd, adam or adamw", "adam", section="training")
@@ -70,7 +78,7 @@ class AdaMatchConfig(TrainingConfig):
         for name, least in (("labels_per_class", 1), ("unlabelled_ratio", 1), ("strong_operations", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name in ("tau", "strong_magnitude"):
+        for name in ("tau", "strong_magnitude", "strong_convolution", "labelled_neighbours"):
             if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {value}")
 

@@ -19,10 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cn_hf.data import Batches, DeviceBatches, PreparedData
-from cn_hf.data.augment import Augment
+from cn_hf.data.augment import Augment, InTurn
 from cn_hf.data.batches import Batch
+from cn_hf.data.neighbours import Neighbours
 from cn_hf.data.order import epoch_order, process_slice, stream_seed
 from cn_hf.data.randaugment import RandAugment
+from cn_hf.data.random_convolution import RandomConvolution
 from cn_hf.errors import ConfigError, DatasetError, TrainingError
 from cn_hf.training.adamatch_config import AdaMatchConfig
 from cn_hf.training.config import TrainingConfig
@@ -34,7 +36,7 @@ UNLABELLED = -1
 SOURCE, TARGET = 0, 1  # context ids where contexts are origins
 # Random numbers of a step that must not be the same: of either kind of images, and of the weights of logits.
 LABELLED, OTHERS, INTERPOLATION = 0, 1, 2
-ORDER, WEAK, BEFORE_STRONG, STRONG = 0, 1, 2, 3
+ORDER, WEAK, BEFORE_STRONG, STRONG, BESIDE = 0, 1, 2, 3, 4
 
 
 class ImageStandardization:
@@ -68,6 +70,7 @@ class TwoViewBatches(Batches):
         strong: Makes strong views out of weak ones.
         num_classes: K.
         per_image: Standardise each image by itself, instead of by the mean and std of ``labelled``.
+        neighbours: What labelled images undergo before both views.
 
     Raises:
         ConfigError: A step has fewer images of a kind than there are processes.
@@ -82,6 +85,7 @@ class TwoViewBatches(Batches):
         strong: Augment,
         num_classes: int,
         per_image: bool = False,
+        neighbours: Augment | None = None,
     ) -> None:
         super().__init__(
             batch_size=labelled.batch_size,
@@ -103,6 +107,7 @@ class TwoViewBatches(Batches):
         self.labelled, self.unlabelled = labelled, unlabelled
         self.unlabelled_batch_size = unlabelled_ratio * self.batch_size
         self.strong, self.num_classes, self.per_image = strong, num_classes, per_image
+        self.neighbours = neighbours
         self._orders: dict[int, tuple[int, Tensor]] = {}
 
     @property
@@ -151,6 +156,8 @@ class TwoViewBatches(Batches):
             seed = stream_seed(self.seed, step, kind, stream)
             return augment(images, seed=seed, places=places, total=size)
 
+        if kind == LABELLED:
+            images = view(self.neighbours, images, BESIDE)
         strong = view(self.strong, view(self.augment, images, BEFORE_STRONG), STRONG)
         batch = {
             "pixel_values": self._normalized(view(self.augment, images, WEAK)),
@@ -224,12 +231,20 @@ def load_adamatch_data(config: TrainingConfig, accelerator: Accelerator) -> Prep
         known,
         others,
         unlabelled_ratio=config.unlabelled_ratio,
-        strong=RandAugment(config.strong_operations, config.strong_magnitude),
+        strong=_strong_augmentation(config),
         num_classes=data.num_classes,
         per_image=per_image,
+        neighbours=Neighbours(known.images, config.labelled_neighbours) if config.labelled_neighbours else None,
     )
     data = dataclasses.replace(data, train=batches, validation=validation)
     return _standardized(data) if per_image else data
+
+
+def _strong_augmentation(config: AdaMatchConfig) -> Augment:
+    randaugment = RandAugment(config.strong_operations, config.strong_magnitude)
+    if not config.strong_convolution:
+        return randaugment
+    return InTurn(RandomConvolution(config.strong_convolution), randaugment)
 
 
 def _parted(train: DeviceBatches, config: AdaMatchConfig, data: PreparedData) -> tuple[DeviceBatches, DeviceBatches]:

@@ -40,7 +40,9 @@ class SiameseConfig(TrainingConfig):
     )
     validation_fraction: float = option("part of train kept for validation", 0.2, section="data")
     image_size: int | None = option("side of the square images the network gets; else as stored", 128, section="data")
-    augment: tuple[str, ...] = option("flip, crop, rotation, zoom, invert", ("flip", "rotation", "zoom"), section="data")
+    augment: tuple[str, ...] = option(
+        "flip, crop, rotation, zoom, invert", ("flip", "rotation", "zoom"), section="data"
+    )
 
     mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
     where: tuple[str, ...] = option(
