@@ -196,7 +196,7 @@ def test_a_file_as_it_must_be(tmp_path: Path) -> None:
         ({"budgets__small__columns": ["two"]}, r"budgets\.small\.columns holds 'two'"),
         ({"budgets__small__seeds": 0}, "seeds must be at least 1"),
         ({"budgets__small__threads": 0}, "threads must be at least 1"),
-        ({"budgets__small": None}, "budgets must be paper, small, smoke"),
+        ({"budgets__small": None}, "budgets must have small besides paper, smoke"),
         ({"figures": ["curves"]}, "figures holds 'curves'"),
         ({"measures__top-1__k": "one"}, "k must be a int"),
         ({"columns": {}}, "columns is empty"),

@@ -103,7 +103,7 @@ def plan_cells(
 
     Args:
         experiment: Its rows decide which cells are needed.
-        budget: "paper", "small" or "smoke".
+        budget: By name.
         seeds: How many; None: as many as the budget says.
         places: Where each dataset is read from, by its name.
         output_dir: Holds a folder for each experiment.

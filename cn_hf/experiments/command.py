@@ -19,8 +19,8 @@ def reproduce(
     budget: Annotated[
         str,
         typer.Option(
-            help="paper: its protocol in full; small: at most 30 minutes on two cores; smoke: 20 seconds. The last two "
-            "check the machinery."
+            help="paper: its protocol in full; small: at most 30 minutes on two cores; smoke: 20 seconds; these two "
+            "check the machinery. table9 and table10 also have medium: an hour or two on two cores."
         ),
     ] = "paper",
     seeds: Annotated[int | None, typer.Option(help="Runs of every cell; else as many as the budget says.")] = None,

@@ -16,7 +16,7 @@ from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.evaluation.tables import write_results
 from cn_hf.experiments.cells import Cell, CellResult, read_epochs
 from cn_hf.experiments.figures import plot_accuracies, plot_cell_contexts, plot_curves
-from cn_hf.experiments.spec import Budget, Experiment
+from cn_hf.experiments.spec import BUDGETS, Budget, Experiment
 from cn_hf.experiments.summary import (
     Results,
     accuracy_bars,
@@ -38,7 +38,8 @@ def report_title(experiment: Experiment, budget: Budget) -> str:
     """What stands above tables and figures; of a small budget also what its numbers are not."""
     if budget.is_evidence:
         return experiment.title
-    return f"{experiment.title} [budget {budget.name}: a check of the machinery, not evidence for or against the paper]"
+    what = "a check of the machinery, " if budget.name in BUDGETS else ""
+    return f"{experiment.title} [budget {budget.name}: {what}not evidence for or against the paper]"
 
 
 def check_report(folder: Path, experiment: Experiment, budget: str) -> None:
@@ -78,7 +79,7 @@ def write_report(
     Args:
         folder: Its own; made if need be.
         experiment: Which.
-        budget: "paper", "small" or "smoke".
+        budget: By name.
         cells: All that the experiment has at this budget.
         finished: Results of those that are finished.
         failures: What went wrong, by cell.

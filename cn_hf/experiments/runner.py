@@ -52,7 +52,7 @@ def reproduce_experiment(
     Args:
         name: "table5", ...; see ``EXPERIMENTS``.
         data_root: Folder of datasets by name; None: they are read from the Hub.
-        budget: "paper", "small" or "smoke".
+        budget: By name.
         seeds: Runs of every cell; None: as many as the budget says.
         only: Names of cells, or patterns; empty: all.
         output_dir: For all experiments of one budget; None: ``runs/BUDGET``.

@@ -1,7 +1,7 @@
 """What an experiment is: one YAML file for each table and figure of the paper, read into frozen dataclasses.
 
 A table's file holds the paper's numbers, the options that all its rows share, its columns (a dataset and what the paper
-varies), its rows (a network with one normalization) and three budgets. A row with ``of`` is not trained but reads
+varies), its rows (a network with one normalization) and its budgets. A row with ``of`` is not trained but reads
 another row's cells, by another protocol. A file with ``cells_of`` trains nothing: its rows are ``of`` another's.
 
     paper's table = rows x columns x measures       cells = trained rows x columns of the budget x seeds
@@ -101,7 +101,7 @@ class Budget:
     """How much of the paper's protocol is run.
 
     Attributes:
-        name: Of ``BUDGETS``.
+        name: Of ``BUDGETS``, which every experiment has, or another one.
         seeds: Runs of every cell.
         threads: Of torch on a CPU; None: as many as it takes by itself.
         columns: Those that are run.
@@ -391,8 +391,8 @@ def _budgets(content: _Content, columns: Mapping[str, Column], trainer: str) -> 
             if value is not None and value < 1:
                 raise part.error(key, f"must be at least 1, got {value}")
         part.finish()
-    if set(budgets) != set(BUDGETS):
-        raise content.error("budgets", f"must be {', '.join(BUDGETS)}; got {', '.join(budgets)}")
+    if missing := [name for name in BUDGETS if name not in budgets]:
+        raise content.error("budgets", f"must have {', '.join(missing)} besides {', '.join(budgets) or 'none'}")
     return budgets
 
 
