@@ -45,7 +45,15 @@ COLUMN_OPTIONS = ("learning_rate", "weight_decay", "label_column")
 # What another method's protocol may differ in, too; not reserved for columns.
 TRAINER_COLUMN_OPTIONS = {
     "classifier": (),
-    "adamatch": ("augment", "standardize", "strong_magnitude", "alignment"),
+    "adamatch": (
+        "augment",
+        "augment_options",
+        "labelled_neighbours",
+        "standardize",
+        "strong_convolution",
+        "strong_magnitude",
+        "alignment",
+    ),
 }
 # The runner sets these.
 RESERVED = ("dataset", "seed", "output_dir", "progress", "baseline")
