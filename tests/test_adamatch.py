@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf.data.neighbours import Neighbours
 from cn_hf.data.randaugment import OPERATIONS, RandAugment
-from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
+from cn_hf.errors import ConfigError, ContextIdError, InputShapeError, TrainingError
 from cn_hf.norm import DomainBatchNorm
 from cn_hf.training.adamatch import AdaMatch, align, interpolate, kept_statistics, relative_threshold, warm_up
 from cn_hf.training.adamatch_config import AdaMatchConfig
 from cn_hf.training.adamatch_data import ImageStandardization, TwoViewBatches
 from cn_hf.training.objective import Moment
+from cn_hf.training.supervised import fit, make_accelerator
 
 K, LABELLED, UNLABELLED, FEATURES = 4, 5, 9, 6
 EPS = 1e-5
@@ -395,6 +396,27 @@ def test_domain_batch_norm_of_nothing_and_of_half() -> None:
         DomainBatchNorm(3, 0)
     with pytest.raises(ConfigError, match="momentum must lie"):
         DomainBatchNorm(3, 2, momentum=0)
+
+
+def test_a_step_too_large_is_told_in_images_and_without_parts() -> None:
+    class Full(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(x)} images")
+
+    data, accelerator = batches(CONFIG), make_accelerator(CONFIG)
+    objective = AdaMatch(accelerator, tau=0.9)
+    with pytest.raises(
+        TrainingError, match="batch_size is 5, so 30 images at once in a process; try a smaller"
+    ) as told:
+        fit(
+            Full(np.zeros((K, FEATURES)), np.zeros(K)),
+            data,
+            None,
+            config=CONFIG,
+            accelerator=accelerator,
+            objective=objective,
+        )
+    assert "accumulation_steps" not in str(told.value)
 
 
 # ------------------------------------------------------------------------------------------------------------- config

@@ -245,4 +245,7 @@ def test_message_where_nothing_fits_or_nothing_was_tried() -> None:
     assert "1 image at once" in words
     assert "not even one fits" in words
     assert "bf16" not in words
-    assert "smaller batch_size" in out_of_memory_message(several, images=8, fitting=None)
+    words = out_of_memory_message(several, images=8, fitting=None)
+    assert "a smaller batch_size, more accumulation_steps, a smaller image_size" in words
+    words = out_of_memory_message(several, images=8, fitting=None, divisible=False)
+    assert "a smaller batch_size, a smaller image_size" in words

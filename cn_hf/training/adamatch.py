@@ -103,6 +103,7 @@ class AdaMatch:
     """
 
     metrics: tuple[str, ...] = ("labelled_loss", "unlabelled_loss", "confident", "threshold")
+    divisible = False  # labelled images come first, and statistics are of all
 
     def __init__(self, accelerator: Accelerator, *, tau: float, alignment: str = "per class") -> None:
         self.accelerator, self.tau, self.alignment = accelerator, tau, alignment

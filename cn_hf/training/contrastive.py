@@ -65,6 +65,7 @@ class Contrastive:
     """
 
     metrics: tuple[str, ...] = ()
+    divisible = True
 
     def __init__(self, margin: float = 1.0, *, seed: int = 0, views: bool = False) -> None:
         if not margin > 0:

@@ -105,7 +105,9 @@ def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int 
     return fitting
 
 
-def out_of_memory_message(config: TrainingConfig, *, images: int, fitting: int | None, num_processes: int = 1) -> str:
+def out_of_memory_message(
+    config: TrainingConfig, *, images: int, fitting: int | None, num_processes: int = 1, divisible: bool = True
+) -> str:
     """What to tell whose first batch does not fit.
 
     Args:
@@ -113,6 +115,7 @@ def out_of_memory_message(config: TrainingConfig, *, images: int, fitting: int |
         images: That went through the network at once in this process, and did not fit.
         fitting: From ``largest_fitting_batch``; None where it is not known.
         num_processes: That share each step's images.
+        divisible: Whether a step's images may go through the network in parts.
     """
     asked = f"batch_size is {config.batch_size}"
     if num_processes > 1:
@@ -123,7 +126,8 @@ def out_of_memory_message(config: TrainingConfig, *, images: int, fitting: int |
     lighter = [] if config.mixed_precision in ("fp16", "bf16") else ["mixed_precision bf16"]
     lighter += ["a smaller image_size or network"]
     if fitting is None:
-        return f"{asked}; try a smaller batch_size, more accumulation_steps, {' or '.join(lighter)}"
+        parts = ["more accumulation_steps"] if divisible else []
+        return f"{asked}; try {', '.join(['a smaller batch_size', *parts, ' or '.join(lighter)])}"
     if fitting == 0:
         return f"{asked}, and not even one fits; try {' or '.join(lighter)}"
     # Parts as large as fit leave nothing for the optimizer's state, which the first step still has to make.

@@ -52,12 +52,14 @@ class StepLoss(NamedTuple):
 class Objective(Protocol):
     """What ``fit`` takes as ``objective``. It holds no state that changes, so that a run can be resumed.
 
-    Batches are dicts of tensors, whose first axis may be cut into parts (``accumulation_steps``); ``labels`` are there,
-    and their number counts the images. With ``pixel_values`` (and ``context_ids``) as the network takes them.
+    Batches are dicts of tensors; ``labels`` are there, and their number counts the images. With ``pixel_values`` (and ``context_ids``) as the network takes them.
     """
 
     metrics: tuple[str, ...]
     """Names of further numbers, whose means per image go into the history and to the trackers."""
+
+    divisible: bool
+    """Whether the network may be given a batch in parts, cut along its first axis."""
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment) -> StepLoss:
         """The loss of a batch, which may be empty in some processes; ``model`` is as Accelerate prepared it."""
@@ -74,6 +76,7 @@ class CrossEntropy:
     """
 
     metrics: tuple[str, ...] = ()
+    divisible = True
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing

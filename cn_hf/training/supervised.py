@@ -342,10 +342,14 @@ class _Loop:
 
     def _what_would_fit(self, batch: Batch) -> str:
         """Try smaller parts of the batch that was too large."""
-        images = -(-len(batch["labels"]) // self.config.accumulation_steps)
+        divisible = self.objective.divisible
+        if divisible:
+            images = -(-len(batch["labels"]) // self.config.accumulation_steps)
+        else:
+            images = sum(len(value) for name, value in batch.items() if name.endswith("pixel_values"))
         fitting = None
         self.optimizer.zero_grad()
-        if self.accelerator.num_processes == 1:  # else a forward can be a matter of all processes
+        if divisible and self.accelerator.num_processes == 1:  # else a forward can be a matter of all processes
 
             def attempt(count: int) -> None:
                 part = {name: value[:count] for name, value in batch.items()}
@@ -359,7 +363,11 @@ class _Loop:
 
             fitting = largest_fitting_batch(attempt, images)
         return out_of_memory_message(
-            self.config, images=images, fitting=fitting, num_processes=self.accelerator.num_processes
+            self.config,
+            images=images,
+            fitting=fitting,
+            num_processes=self.accelerator.num_processes,
+            divisible=divisible,
         )
 
     def _out_of_patience(self) -> bool:
