@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import timm
+from packaging.version import Version
 
 from cn_hf import ConfigError
 from cn_hf.evaluation import coverage
@@ -33,19 +34,33 @@ def committed() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- the committed table
 
 
-def test_nothing_is_missing_and_nothing_fails(committed: dict[str, Any]) -> None:
+@pytest.fixture
+def of_today(committed: dict[str, Any]) -> None:
+    """The table can have missed nothing: timm is of its version, or older."""
+    installed, of_table = (metadata.version("timm"), committed["versions"]["timm"])
+    if Version(installed) > Version(of_table):
+        pytest.skip(f"timm {installed} is newer than the table's {of_table}; make it again with scripts/coverage.py")
+
+
+@pytest.mark.usefixtures("of_today")
+def test_nothing_is_missing(committed: dict[str, Any]) -> None:
     names = [name for name in timm.list_models() if not name.startswith("cn_")]
     modules = {timm.models.model_entrypoint(name).__module__.rsplit(".", 1)[-1] for name in names}
     assert modules <= set(committed["modules"])
-    checked = {row["module"] for row in committed["real"] if row["library"] == "timm"}
-    assert checked == set(committed["modules"])
-    real = {row["name"] for row in committed["real"]}
-    assert set(TRANSFORMERS) | set(timm.list_models("test_*")) <= real
-    assert [row["name"] for row in committed["real"] if row["failures"] or not row["checks"]] == []
+    assert set(timm.list_models("test_*")) <= {row["name"] for row in committed["real"]}
     if metadata.version("timm") == committed["versions"]["timm"]:
         assert set(committed["structure"]) == set(names)
 
 
+def test_every_module_is_checked_and_nothing_fails(committed: dict[str, Any]) -> None:
+    checked = {row["module"] for row in committed["real"] if row["library"] == "timm"}
+    assert checked == set(committed["modules"])
+    real = {row["name"] for row in committed["real"]}
+    assert set(TRANSFORMERS) <= real
+    assert [row["name"] for row in committed["real"] if row["failures"] or not row["checks"]] == []
+
+
+@pytest.mark.usefixtures("of_today")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_table_is_what_the_norms_of_today_say(name: str, committed: dict[str, Any]) -> None:
     row = structure_of_timm(name)
