@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextIdError
 from cn_hf.norm.em import statistics_dtype
-from cn_hf.norm.ids import ContextIds, resolve_context_ids
-from cn_hf.norm.layers import FeatureNorm, check_features
+from cn_hf.norm.ids import ContextIds
+from cn_hf.norm.layers import FeatureNorm, checked_ids
 from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_batch_norm
 
 __all__ = ["DomainBatchNorm"]
@@ -98,13 +98,7 @@ class DomainBatchNorm(FeatureNorm):
             ContextIdError: the ids are missing, or not one context a sample.
             InputShapeError: ``x`` does not have ``num_features`` features.
         """
-        check_features(self, x)
-        ids = None
-        if context_ids is not None:
-            ids = resolve_context_ids(
-                context_ids, num_contexts=self.num_contexts, batch_size=x.shape[0], device=x.device
-            )
-        return self.normalize(x, ids)
+        return self.normalize(x, checked_ids(self, x, context_ids))
 
     def normalize(
         self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None

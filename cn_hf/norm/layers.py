@@ -20,7 +20,7 @@ from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
 
-__all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features"]
+__all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features", "checked_ids"]
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,6 +41,14 @@ def check_features(norm: Any, x: Tensor) -> None:
             f"{type(norm).__name__} expects {norm.num_features} features along axis {norm.feature_dim} of a batch, "
             f"received shape {tuple(x.shape)}."
         )
+
+
+def checked_ids(norm: Any, x: Tensor, context_ids: ContextIds | None) -> Tensor | None:
+    """The ids of a batch for ``norm``, once they and the batch are known to be right; None where there are none."""
+    check_features(norm, x)
+    if context_ids is None:
+        return None
+    return resolve_context_ids(context_ids, num_contexts=norm.num_contexts, batch_size=x.shape[0], device=x.device)
 
 
 class FeatureNorm(nn.Module):
@@ -349,13 +357,7 @@ class ContextNorm(FeatureNorm):
             ContextIdError: ids are invalid, or missing where they are needed.
             InputShapeError: ``x`` does not have ``num_features`` features.
         """
-        check_features(self, x)
-        ids = None
-        if context_ids is not None:
-            ids = resolve_context_ids(
-                context_ids, num_contexts=self.num_contexts, batch_size=x.shape[0], device=x.device
-            )
-        return self.normalize(x, ids)
+        return self.normalize(x, checked_ids(self, x, context_ids))
 
     def normalize(
         self,
