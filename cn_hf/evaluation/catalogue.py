@@ -160,8 +160,8 @@ def _check_pixels(network: nn.Module, images: Tensor) -> None:
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise ContextSourceError(
             f"with mean {router.pixel_mean} and std {router.pixel_std} undone, pixels lie in {low:.2f}..{high:.2f} "
-            "instead of 0..1; pass the mean and std that the images were normalised with (images that were standardised "
-            "one by one have none, and their contexts cannot be predicted)"
+            "instead of 0..1; pass the mean and std that the images were normalised with (those of images standardised "
+            "one by one are not known, so their contexts cannot be predicted)"
         )
 
 

@@ -52,7 +52,8 @@ class StepLoss(NamedTuple):
 class Objective(Protocol):
     """What ``fit`` takes as ``objective``. It holds no state that changes, so that a run can be resumed.
 
-    Batches are dicts of tensors; ``labels`` are there, and their number counts the images. With ``pixel_values`` (and ``context_ids``) as the network takes them.
+    Batches are dicts of tensors; ``labels`` are there, and their number counts the images. With ``pixel_values`` (and
+    ``context_ids``) as the network takes them.
     """
 
     metrics: tuple[str, ...]
