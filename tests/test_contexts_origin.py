@@ -154,6 +154,16 @@ def test_label_columns_are_found_or_said():
         OriginContexts({"a": digits([0]), "b": digits([0]).remove_columns("label")}, "offset")
 
 
+def test_columns_of_files_and_of_memory_together(tmp_path):
+    data = both()
+    expected = rows_of(OriginContexts(data, labels="offset").blend())
+    for name, column in (("animals", "fine_label"), ("digits", "label")):
+        labels, feature = data[name][column], data[name].features[column]
+        data[name].remove_columns(column).save_to_disk(tmp_path / name)
+        data[name] = datasets.load_from_disk(tmp_path / name).add_column(column, labels, feature=feature)
+    assert rows_of(OriginContexts(data, labels="offset").blend()) == expected
+
+
 def test_image_options():
     data = both()
     kept = OriginContexts(data, "offset", image_size="keep").blend()

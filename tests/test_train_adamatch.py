@@ -128,6 +128,28 @@ def test_unsupervised_domain_adaptation_never_holds_a_label_of_the_target(day: P
     assert len(train) == 90 // 12
 
 
+def test_a_target_without_labels_is_adapted_to_and_not_evaluated(day: Path, night: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "unlabelled"
+    for split in ("train", "test"):
+        rows = datasets.load_dataset(str(night), split=split).remove_columns("label")
+        rows.to_parquet(str(unlabelled / "data" / f"{split}-00000-of-00001.parquet"))
+    config = config_of(day, unlabelled)
+    with pytest.warns(UserWarning, match=r"unlabelled' has no column of class labels \(it has \['image'\]\)"):
+        data = load(config)
+    known = load(config_of(day, night))
+    train, expected = batches_of(data), batches_of(known)
+    assert set(train.unlabelled.labels.tolist()) == {UNLABELLED}
+    assert torch.equal(
+        train.unlabelled.images.sum((1, 2, 3)).sort()[0], expected.unlabelled.images.sum((1, 2, 3)).sort()[0]
+    )
+    assert torch.equal(train.labelled.images, expected.labelled.images)
+    assert isinstance(data.test, DeviceBatches)
+    assert data.test.context_ids is not None
+    assert data.test.context_ids.tolist() == [0] * 12
+    with pytest.raises(DatasetError, match="'unlabelled': The dataset has no column of labels"):
+        load(config_of(day, unlabelled, setting="ssda", labels_per_class=2))
+
+
 def test_semi_supervised_domain_adaptation_labels_a_few_of_the_target(day: Path, night: Path) -> None:
     train = batches_of(load(config_of(day, night, setting="ssda", labels_per_class=2)))
     assert train.labelled.context_ids is not None

@@ -8,6 +8,7 @@ Shape legend: ``N`` rows of a split or batch.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+from datasets.table import ConcatenationTable
 
 from cn_hf.errors import CnHfError, DatasetError, InputTypeError, nearest
 
@@ -154,7 +156,17 @@ def with_features(split: Split, features: datasets.Features) -> Split:
         return split.cast(features)
     for name, feature in features.items():
         if split.features[name] != feature:
-            split = split.cast_column(name, feature)
+            split = _without_empty_blocks(split).cast_column(name, feature)
+    return split
+
+
+def _without_empty_blocks(split: datasets.Dataset) -> datasets.Dataset:
+    """The same rows and columns. Where one added in memory was removed, a block of none stays, and a cast breaks it."""
+    blocks = getattr(split.data, "blocks", None)
+    if blocks is None or all(block.num_columns for row in blocks for block in row) or not split.column_names:
+        return split
+    split = copy.copy(split)
+    split._data = ConcatenationTable.from_blocks([[block for block in row if block.num_columns] for row in blocks])
     return split
 
 

@@ -139,7 +139,7 @@ def unify(split: Split, origin: Origin, blend: Blend) -> Split:
             features=unified.features,
             desc="resizing images",
         )
-    unified = unified.cast_column(blend.image_column, blend.features[blend.image_column])
+    unified = with_features(unified, datasets.Features({blend.image_column: blend.features[blend.image_column]}))
     if blend.class_names is not None:
         batches, feature = raw_batches(split, [label], 1000), features[label]
         labels = [origin.labels(batch[label], rows, feature) for rows, batch in batches]

@@ -144,18 +144,25 @@ def find_label_column(dataset: AnyDataset, column: str | None = None) -> str:
                 f"dataset.class_encode_column({column!r}) numbers them"
             )
         return column
-    usual = [key for key in LABEL_NAMES if key in features and _is_label(features[key])]
-    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels: list[str] = usual or [key for key in classes if key != CONTEXT_COLUMN]
+    labels = label_columns(dataset)
     if len(labels) == 1:
         return labels[0]
     if not labels:
         raise DatasetError(f"no column of class labels; the columns are {_described(features)}")
+    classes = [key for key in labels if isinstance(features[key], datasets.ClassLabel)]
     counted = [f"{key!r} ({features[key].num_classes} classes)" if key in classes else repr(key) for key in labels]
     raise DatasetError(
         f"{len(labels)} columns hold class labels: {', '.join(counted)}; name the one to be learnt, for example "
         f"label_column={labels[0]!r}"
     )
+
+
+def label_columns(dataset: AnyDataset) -> list[str]:
+    """The columns that may be meant by ``find_label_column``; of a dataset without labels, none."""
+    features = _features(dataset)
+    usual = [key for key in LABEL_NAMES if key in features and _is_label(features[key])]
+    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return usual or [key for key in classes if key != CONTEXT_COLUMN]
 
 
 def label_names(dataset: AnyDataset, column: str) -> tuple[str, ...] | None:

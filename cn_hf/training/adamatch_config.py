@@ -2,7 +2,7 @@
 
 | ``setting`` | ``dataset`` | labels |
 |---|---|---|
-| ``uda`` unsupervised domain adaptation | source, target | all of the source, none of the target |
+| ``uda`` unsupervised domain adaptation | source, target | all of the source, none of the target (it may have none) |
 | ``ssda`` semi-supervised domain adaptation | source, target | also ``labels_per_class`` of the target |
 | ``ssl`` semi-supervised learning | one | ``labels_per_class`` of it |
 

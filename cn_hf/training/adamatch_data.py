@@ -12,8 +12,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -21,6 +26,7 @@ from torch import Tensor
 from cn_hf.data import Batches, DeviceBatches, PreparedData
 from cn_hf.data.augment import Augment, InTurn
 from cn_hf.data.batches import Batch
+from cn_hf.data.loading import find_label_column, label_columns
 from cn_hf.data.neighbours import Neighbours
 from cn_hf.data.order import epoch_order, process_slice, stream_seed
 from cn_hf.data.randaugment import RandAugment
@@ -28,7 +34,7 @@ from cn_hf.data.random_convolution import RandomConvolution
 from cn_hf.errors import ConfigError, DatasetError, TrainingError
 from cn_hf.training.adamatch_config import AdaMatchConfig
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.sources import load_data
+from cn_hf.training.sources import load_data, read_splits
 
 __all__ = ["UNLABELLED", "ImageStandardization", "TwoViewBatches", "load_adamatch_data"]
 
@@ -208,7 +214,8 @@ def load_adamatch_data(config: TrainingConfig, accelerator: Accelerator) -> Prep
         TrainingError: The training images do not fit into ``memory``.
     """
     assert isinstance(config, AdaMatchConfig)
-    data = load_data(config, accelerator)
+    splits = read_splits(config, accelerator, prepare=partial(_with_placeholders, config=config))
+    data = load_data(config, accelerator, splits=splits)
     train, validation = data.train, data.validation
     if not isinstance(train, DeviceBatches) or not isinstance(validation, DeviceBatches | None):
         raise TrainingError(
@@ -245,6 +252,30 @@ def _strong_augmentation(config: AdaMatchConfig) -> Augment:
     if not config.strong_convolution:
         return randaugment
     return InTurn(RandomConvolution(config.strong_convolution), randaugment)
+
+
+def _with_placeholders(loaded: list[Any], *, config: AdaMatchConfig) -> list[Any]:
+    """Placeholders where ``uda``'s target has no labels, whose training images need none; test images do."""
+    if config.setting != "uda":
+        return loaded
+    source, target = loaded
+    names = target["train"].column_names
+    if label_columns(target["train"]) or config.label_column in names:
+        return loaded
+    known = config.label_column if config.label_column in source["train"].column_names else None
+    column = find_label_column(source["train"], known)
+    feature = source["train"].features[column]
+    warnings.warn(
+        f"{config.dataset[1]!r} has no column of class labels (it has {names}): it is adapted to, and not evaluated",
+        stacklevel=2,
+    )
+    filled = {
+        name: (split.select([]) if name == "test" else split).add_column(
+            column, np.zeros(0 if name == "test" else len(split), np.int64), feature=feature
+        )
+        for name, split in target.items()
+    }
+    return [source, datasets.DatasetDict(filled)]
 
 
 def _parted(train: DeviceBatches, config: AdaMatchConfig, data: PreparedData) -> tuple[DeviceBatches, DeviceBatches]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,15 @@ def load_data(
         return _load_data(config, accelerator, splits)
 
 
-def read_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, OriginContexts | None]:
+def read_splits(
+    config: TrainingConfig, accelerator: Accelerator, *, prepare: Callable[[list[Any]], list[Any]] | None = None
+) -> tuple[Any, OriginContexts | None]:
     """The splits that ``config`` names, blended where there are several datasets, and then the source that did it.
+
+    Args:
+        config: Of the run.
+        accelerator: The main process reads first.
+        prepare: What the datasets' splits undergo before they are blended.
 
     Raises:
         ConfigError: An option is out of range or contradicts another.
@@ -93,7 +100,7 @@ def read_splits(config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, 
         raise ConfigError("no dataset given; name a load_dataset id or a folder (--dataset)")
     shown = config.progress and accelerator.is_main_process
     with datasets_bars(shown), accelerator.main_process_first():  # the others then find what the first has cached
-        return _load_splits(config)
+        return _load_splits(config, prepare)
 
 
 def data_options(config: TrainingConfig) -> dict[str, Any]:
@@ -220,7 +227,9 @@ def datasets_bars(shown: bool) -> Iterator[None]:
         (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
-def _load_splits(config: TrainingConfig) -> tuple[Any, OriginContexts | None]:
+def _load_splits(
+    config: TrainingConfig, prepare: Callable[[list[Any]], list[Any]] | None
+) -> tuple[Any, OriginContexts | None]:
     """The splits, blended where there are several datasets, and then the source that blended them."""
     kind, arguments = context_kind(config)
     test_split = None if config.test_split in (None, "none") else config.test_split
@@ -241,6 +250,7 @@ def _load_splits(config: TrainingConfig) -> tuple[Any, OriginContexts | None]:
         )
         for dataset in config.dataset
     ]
+    loaded = loaded if prepare is None else prepare(loaded)
     if len(loaded) == 1:
         return loaded[0], None
     names = _origin_names(config, arguments if kind == "origin" else [])
