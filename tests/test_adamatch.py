@@ -392,6 +392,9 @@ def test_domain_batch_norm_of_nothing_and_of_half() -> None:
     x = torch.randn(6, 3, 4, 4).bfloat16()
     for training in (True, False):
         assert norm.train(training)(x, torch.tensor([0, 1, 0, 1, 1, 0])).dtype == torch.bfloat16
+    with pytest.raises(InputShapeError, match=r"more than one vector of a context .* one of \[1\]"):
+        norm.train()(torch.randn(3, 3), torch.tensor([0, 0, 1]))
+    assert norm.num_batches_tracked.tolist() == [1, 1], "as before"
     with pytest.raises(ConfigError, match="num_contexts must be at least 1"):
         DomainBatchNorm(3, 0)
     with pytest.raises(ConfigError, match="momentum must lie"):

@@ -169,6 +169,32 @@ def test_a_reloaded_layer_continues_identically(way: str) -> None:
     assert torch.equal(layer.eval()(modes()), twin.eval()(modes()))
 
 
+def test_a_layer_whose_buffers_were_filled_in_place_continues() -> None:
+    """As loaders do that call no ``load_state_dict``."""
+    trained, fresh = MixtureNorm(4), MixtureNorm(4)
+    x = torch.randn(5, 4, 6, 6)
+    for _ in range(3):
+        trained(x)
+    for name, buffer in trained.named_buffers():
+        fresh.get_buffer(name).copy_(buffer)
+    torch.testing.assert_close(fresh(x), trained(x))
+    torch.testing.assert_close(fresh.state_dict(), trained.state_dict())
+
+
+def test_what_is_kept_of_past_batches_is_neither_copied_nor_moved() -> None:
+    norm = MixtureNorm(4, max_vectors=50)
+    norm(torch.randn(5, 4, 6, 6))
+    kept = norm._fitted[-1]
+    for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert not copied._fitted
+        assert copied._places is None
+        assert copied._fitted.maxlen == norm._fitted.maxlen
+    assert norm._fitted[-1] is kept
+    norm.double()
+    assert not norm._fitted
+    assert norm._places is None
+
+
 def test_a_fresh_state_loaded_into_a_trained_layer_seeds_again() -> None:
     layer, fresh = MixtureNorm(3), MixtureNorm(3)
     layer(modes())

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cn_hf
 from cn_hf.errors import ConfigError, InputShapeError
 from cn_hf.norm import cpu_kernels, formulas, kernels, native
-from cn_hf.norm.functional import context_norm, norm_shift_scale, shift_scale
+from cn_hf.norm.em import Mixture
+from cn_hf.norm.functional import context_norm, context_norm_plus, mixture_norm, norm_shift_scale, shift_scale
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -194,6 +195,39 @@ def test_our_kernels_compute_both_directions(
         out = shift_scale(x, center, scale, offset, feature_dim=-1)
     out.sum().backward()
     assert computed == {operator: True, operator + "_backward": True}
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"), [(-3, (4, 6, 5, 7)), (2, (4, 5, 6, 7)), (-2, (4, 5, 6, 7)), (3, (4, 5, 7, 6))]
+)
+def test_features_along_any_axis(axis: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+    reference = torch.ops.cn_hf.shift_scale
+    monkeypatch.setattr(
+        torch.ops.cn_hf, "shift_scale", lambda *arguments: (met.append(arguments[4]), reference(*arguments))[1]
+    )
+    x, maps = torch.randn(shape), 1
+    moved = x.movedim(axis, maps)
+    mean, var, ids = torch.randn(3, 6), torch.rand(3, 6) + 0.5, torch.tensor([0, 2, 1, 0])
+    out = context_norm(x, mean, var, ids, feature_dim=axis)
+    torch.testing.assert_close(out.movedim(axis, maps), context_norm(moved, mean, var, ids, feature_dim=maps))
+    assert set(met) <= {1, -1}, "the operator is told of no other axis"
+    for plus_stats in ("learned", "batch"):
+        out = context_norm_plus(x, mean, var, feature_dim=axis, plus_stats=plus_stats)
+        expected = context_norm_plus(moved, mean, var, feature_dim=maps, plus_stats=plus_stats)
+        torch.testing.assert_close(out.movedim(axis, maps), expected)
+    theta = Mixture(mean, var, torch.full((3,), 1 / 3), torch.zeros(()), 0)
+    out, (by_mean, by_var) = mixture_norm(x, theta, feature_dim=axis)
+    expected, statistics = mixture_norm(moved, theta, feature_dim=maps)
+    torch.testing.assert_close((out.movedim(axis, maps), by_mean, by_var), (expected, *statistics))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_nearly_constant_vectors_have_no_negative_variance() -> None:
+    level = 1e4 * (1 + torch.rand(500, 1))
+    x = torch.where(torch.rand(500, 8192) < 2 / 8192, torch.nextafter(level, 2 * level), level)
+    out = norm_shift_scale(x, torch.zeros(1, 8192), torch.ones(1, 8192), eps=1e-12, centered=True)
+    assert out.isfinite().all()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -541,6 +575,25 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     done = program(tmp_path)
     assert done.stdout.split() == ["torch", "torch"], done.stderr
     assert done.returncode == 0
+
+
+def test_a_gpu_for_which_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_kernels = pytest.importorskip("cn_hf.norm.triton_kernels", reason="triton is not installed")
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_kernels, "shift_scale", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
+    kernels._triton_works.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="torch's operators are: Failed to find C compiler"):
+            assert not kernels.fused("cuda", torch.float32)
+        assert not kernels.fused("cuda", torch.float32)
+        assert kernels.describe("cuda").startswith("torch")
+    finally:
+        kernels._triton_works.cache_clear()
 
 
 def test_the_environment_names_what_is_known(tmp_path: Path) -> None:

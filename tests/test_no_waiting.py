@@ -111,10 +111,11 @@ def test_a_training_step_of_mn_on_the_gpu_after_the_first(fake: FakeTensorMode) 
     """As many vectors as are thinned out; a graph of the step can be captured: nothing comes from the CPU."""
     norm = MixtureNorm(4, max_vectors=100)
     norm(torch.randn(2, 4, 10, 10))
+    assert norm._places is not None
+    (*batch, _), places = norm._places
     to_fake_gpu(norm, fake)
     with fake:
-        x = torch.randn(2, 4, 10, 10, device="cuda")
-        (*batch, _), places = norm._places  # what a first step on that device would have left
+        x = torch.randn(2, 4, 10, 10, device="cuda")  # what a first step on that device would have left:
         norm._places = (*batch, x.device), places.to("cuda")
         with Devices() as seen:
             norm(x)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from cn_hf.norm.em import (
 from cn_hf.norm.functional import mixture_norm
 from cn_hf.norm.layers import FeatureNorm, check_feature_dim, check_features
 from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FeatureBatchNorm", "MixtureNorm"]
 
@@ -99,7 +103,7 @@ class MixtureNorm(FeatureNorm):
         self.seed = seed
         self._fitted: deque[tuple[Tensor, Mixture]] = deque(maxlen=16)  # what the last forwards used, for recomputing
         self._places: tuple[Any, Tensor] | None = None  # of a batch's kept vectors: no step but the first copies them
-        self._seeded = False  # mirrors num_batches_tracked > 0 on the host, so that no step waits for the device
+        self._seeded = False  # num_batches_tracked > 0, once that is known here: then no step waits for the device
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         shape = (num_components, num_features)
         self.register_buffer("theta_mean", torch.zeros(shape, device=device, dtype=wide))
@@ -158,6 +162,8 @@ class MixtureNorm(FeatureNorm):
                     return known[-1]
             iterations = self.em_iterations
             options: dict[str, Any] = {"shift": shift, "reg_covar": self.reg_covar, "distributed": distributed}
+            if not (self._seeded or self.is_on_meta()):
+                self._seeded = bool(self.num_batches_tracked > 0)  # loaded, by whatever means
             if not self._seeded:
                 iterations = self.seed_iterations
                 theta = seed_mixture(vectors, self.num_components, seed=self.seed, **options)
@@ -198,8 +204,20 @@ class MixtureNorm(FeatureNorm):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if not self.num_batches_tracked.is_meta:
-            self._seeded = bool(self.num_batches_tracked > 0)
+        self._seeded = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forget()  # what is kept beside the buffers would stay on the old device
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickle, know nothing of the batches before."""
+        return self.__dict__ | {"_fitted": deque(maxlen=self._fitted.maxlen), "_places": None}
+
+    def _forget(self) -> None:
+        self._fitted.clear()
+        self._places = None
 
     def extra_repr(self) -> str:
         """The options shown by ``print(model)``."""

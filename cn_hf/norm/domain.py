@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, ContextIdError
+from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.norm.ids import ContextIds
 from cn_hf.norm.layers import FeatureNorm, checked_ids
@@ -140,7 +140,13 @@ class DomainBatchNorm(FeatureNorm):
     def _by_batch(self, x: Tensor, ids: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """By the statistics of each context's samples; contexts without any are passed over."""
         together = several_processes()  # then every process takes part in every context's statistics
+        positions = x.numel() // max(1, len(x) * self.num_features)
         rows = [(ids == context).nonzero().flatten() for context in range(self.num_contexts)]
+        if not together and (alone := [context for context, mine in enumerate(rows) if len(mine) * positions == 1]):
+            raise InputShapeError(
+                f"Expected more than one vector of a context in a training batch, received one of {alone} "
+                f"(shape {tuple(x.shape)}): it has no variance. Use larger or balanced batches."
+            )
         parts = []
         for context, mine in enumerate(rows):
             if len(mine) == 0 and not together:

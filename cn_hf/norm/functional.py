@@ -6,8 +6,9 @@ with Applications", ICDM-W 2023. Densities and expectation maximisation are in `
 Shape legend: ``N`` samples, ``C`` features, ``T`` contexts (``K`` components), ``M`` feature vectors (every pixel or
 token of every sample), ``x`` is ``(N, C, ...)`` with ``feature_dim=1`` or ``(N, ..., C)`` with ``feature_dim=-1``.
 
-Statistics, log-densities and reductions are float32 at least, whatever the dtype of ``x`` and whatever autocast says;
-results come back in the dtype of ``x``.
+Statistics, log-densities and reductions are float32 at least, whatever the dtype of ``x`` and whatever autocast says
+(products of matrices that are torch's are as precise as torch is told that float32 is); results come back in the dtype
+of ``x``.
 """
 
 from __future__ import annotations
@@ -274,6 +275,12 @@ def context_norm_plus(
     """
     check_choice("plus_stats", plus_stats)
     check_choice("plus_scale", plus_scale)
+    if feature_dim not in (1, -1):
+        out = context_norm_plus(
+            x.movedim(feature_dim, 1), mean, var, eps=eps, feature_dim=1, plus_stats=plus_stats, plus_scale=plus_scale,
+            weight=weight, bias=bias,
+        )  # fmt: skip
+        return out.movedim(1, feature_dim)
     dtype = statistics_dtype(x, mean, var)
     factor = math.sqrt(mean.shape[0]) if plus_scale == "sqrt_t" else 1.0
     with full_precision(x.device):
@@ -308,7 +315,7 @@ def _in_pieces(
     bias: Tensor | None,
 ) -> Tensor:
     """CN+ without gradients: a piece after the other, as it lies in memory, while all of it is in the cache."""
-    if x.is_cuda and plus_stats == "learned" and kernels.fused("cuda", x.dtype):
+    if plus_stats == "learned" and kernels.on_gpu(x, *statistics, weight, bias):
         from cn_hf.norm import triton_combination
 
         combination = Combination.of(*statistics, eps)
@@ -378,10 +385,21 @@ def mixture_norm(
     Returns:
         The output, of the shape and dtype of ``x``, and the statistics that were used.
     """
+    if feature_dim not in (1, -1):
+        out, used = mixture_norm(
+            x.movedim(feature_dim, 1), theta, statistics=statistics, eps=eps, feature_dim=1, weight=weight, bias=bias,
+            distributed=distributed,
+        )  # fmt: skip
+        return out.movedim(1, feature_dim), used
     dtype = statistics_dtype(x, theta.mean)
     with full_precision(x.device):
         on_batch = statistics is None and not distributed
-        if on_batch and not _looked_into(x, weight, bias) and has_mixture_kernels(x, len(theta.mean), feature_dim):
+        if (
+            on_batch
+            and not _looked_into(x, weight, bias)
+            and kernels.on_gpu(x, *theta[:3], weight, bias)
+            and has_mixture_kernels(x, len(theta.mean), feature_dim)
+        ):
             given = theta.mean.detach().to(dtype), theta.var.detach().to(dtype), theta.prior.detach().to(dtype)
             out, mean, var = fused_mixture_norm(x, weight, bias, *given, eps, feature_dim)
             return out, (mean, var)

@@ -19,6 +19,7 @@ or ``(1, C)``, float32, or float64 where ``x`` is.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,12 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cn_hf.errors import ConfigError, InputShapeError, nearest
 from cn_hf.norm import cpu_kernels, formulas, native
 from cn_hf.norm.formulas import Gradients
 
-__all__ = ["describe", "fused", "norm_shift_scale", "shift_scale", "use_kernels"]
+__all__ = ["describe", "fused", "norm_shift_scale", "on_gpu", "shift_scale", "use_kernels"]
 
 CHOICES = ("auto", "reference")
 
@@ -52,7 +54,9 @@ _choice = [_chosen(os.environ.get("CN_HF_KERNELS") or "auto")]
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Choose what runs inside the ``with`` block; the environment's ``CN_HF_KERNELS`` chooses for a whole process.
+    """Choose what runs inside the ``with`` block, in all threads of the process.
+
+    The environment's ``CN_HF_KERNELS`` chooses for as long as the process lives.
 
     Args:
         name: ``"auto"``, the fastest there is; ``"reference"``, torch's own operators.
@@ -73,16 +77,41 @@ def fused(device_type: str, dtype: torch.dtype) -> bool:
         return False
     if device_type == "cpu":
         return dtype in native.DTYPES and native.library() is not None
-    return device_type == "cuda" and _triton_is_there()
+    return device_type == "cuda" and _triton_works()
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler.
 fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def on_gpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether there are kernels of our own for ``x`` on a GPU, and the others are there with it."""
+    return x.is_cuda and all(other is None or other.device == x.device for other in others) and fused("cuda", x.dtype)
+
+
 @cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
+def _triton_works() -> bool:
+    """Whether triton can compile and launch here, which needs a C compiler and a GPU that is not too old: once tried.
+
+    Fake tensors of a GPU that is not there are not computed, so triton need only be installed.
+    """
+    if find_spec("triton") is None:
+        return False
+    if not torch.cuda.is_available():
+        return True
+    try:
+        with _disable_current_modes():  # such as that of fake tensors, while a graph is traced
+            one = torch.ones(1, 1, 1, device="cuda")
+            triton_kernels = import_module("cn_hf.norm.triton_kernels")
+            triton_kernels.shift_scale(one, one[0], one[0], None, 1)
+    except Exception as error:  # of triton, of the compiler it calls, or of the driver
+        warnings.warn(
+            f"The CUDA kernels of context normalization are not used, torch's operators are: {str(error)[-500:]} "
+            "(CN_HF_KERNELS=reference never compiles).",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def describe(device_type: str = "cpu") -> str:
@@ -115,7 +144,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
         center: ``(N, C)`` or ``(1, C)``.
         scale: likewise.
         offset: likewise, or None.
-        feature_dim: 1 or -1.
+        feature_dim: 1 or -1; any other axis is moved to 1 first.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -124,6 +153,8 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
         InputShapeError: the coefficients are not one row a sample, or one for all.
     """
     _check_rows(x, feature_dim, center, scale, offset)
+    if feature_dim not in (1, -1):  # the axes that the operator knows
+        return shift_scale(x.movedim(feature_dim, 1), center, scale, offset, 1).movedim(1, feature_dim)
     out: Tensor = torch.ops.cn_hf.shift_scale(x, center, scale, offset, feature_dim)
     return out
 

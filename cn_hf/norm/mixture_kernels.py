@@ -17,7 +17,7 @@ __all__ = ["fused_mixture_norm", "has_mixture_kernels"]
 
 def has_mixture_kernels(x: Tensor, num_components: int, feature_dim: int) -> bool:
     """Whether ``fused_mixture_norm`` knows such an input."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not kernels.fused("cuda", x.dtype):
+    if torch.compiler.is_compiling() or not kernels.on_gpu(x):
         return False
     from cn_hf.norm import triton_mixture
 

@@ -101,8 +101,9 @@ inline void vector_statistics(const T* x, int64_t C, float eps, bool centered, f
         squared += deviation * deviation;
     }
     rest = centered ? rest / C : 0.0f;
+    const float variance = squared / C - rest * rest;  // of nearly equal numbers rounding may leave less than nothing
     *mean = middle + rest;
-    *rstd = 1.0f / std::sqrt(squared / C - rest * rest + eps);
+    *rstd = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps);
 }
 
 // With `standardize`, each vector is standardised over its features first, and its statistics go to mean and rstd.

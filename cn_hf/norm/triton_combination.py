@@ -16,7 +16,7 @@ Shape legend: ``N`` samples, ``C`` features, ``L`` positions of a sample, ``K`` 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -230,6 +230,8 @@ def combine(
         block = triton.next_power_of_2(components)
         _pack_tables[(steps,)](*tables, densities, terms, features, components, block, lanes, num_warps=1)
         tensors = x, y, densities, terms, constant.contiguous(), reach, *rows
-        options = {"num_warps": 4, "maxnreg": launch.registers, "enable_fp_fusion": True}
+        options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+        if launch.registers is not None and torch.version.hip is None:
+            options["maxnreg"] = launch.registers
         _combine[launch.grid](*tensors, factor, *launch.sizes, **options)
     return y

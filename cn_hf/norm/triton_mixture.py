@@ -45,8 +45,6 @@ __all__ = ["MixtureKept", "handles_mixture_norm", "mixture_norm", "mixture_norm_
 _MOST_COMPONENTS, _MOST_FEATURES = 8, 2048  # whose sums fit the registers, and whose code compiles in seconds
 _MOST_VECTORS = 2**30
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @triton.jit
 def _tile(tile, features, samples, sample_step, position_step, feature_step, length, BLOCK_P: tl.constexpr,
