@@ -19,6 +19,7 @@ REGISTERED_BY = {
     "timm.models": "cn_hf.hub.timm_models",
     "transformers.modeling_utils": "cn_hf.hub.transformers_models",
     "transformers.pipelines": "cn_hf.hub.pipeline",
+    "transformers.trainer": "cn_hf.hub.trainer",
     "transformers.models.auto.configuration_auto": "cn_hf.hub.transformers_models",
 }
 """Watched module -> the module whose ``register()`` is called after it."""

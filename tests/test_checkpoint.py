@@ -260,3 +260,12 @@ def test_a_models_dtype_is_kept_or_chosen(kind, tmp_path):
             cn_hf.from_pretrained(tmp_path, dtype=wrong)
     with pytest.raises(ConfigError, match="not both"):
         cn_hf.from_pretrained(tmp_path, device="cpu", device_map="auto")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"device 'gpu' cannot be had: .* Here there is cpu"):
+        cn_hf.from_pretrained(tmp_path / "absent", device="gpu")
+    cn_hf.save_pretrained(trained("timm-vit"), tmp_path)
+    with pytest.raises(ConfigError, match="device 'gpu' cannot be had"):
+        cn_hf.from_pretrained(tmp_path, device_map="gpu")
+    assert next(cn_hf.from_pretrained(tmp_path, device=torch.device("cpu")).parameters()).device.type == "cpu"

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from hub_server import HubServer
 from transformers import AutoImageProcessor
+from typer.testing import CliRunner
 
 import cn_hf
+from cn_hf.cli import app
+from cn_hf.contexts import BrightnessContexts
 from cn_hf.errors import CheckpointError, ConfigError, ContextIdError, DatasetFileError
 from cn_hf.hub.inspection import inspect_checkpoint
 from cn_hf.hub.prediction import open_images, predict, prediction_lines
@@ -153,6 +157,60 @@ def test_bad_input(tmp_path):
         open_images([tmp_path / "none.png"])
     with pytest.raises(CheckpointError, match="not the folder of a finished run"):
         run_files(tmp_path, "me/model")
+
+
+def saved(folder: Path, mode: str, inference: str = "cn+", source: BrightnessContexts | None = None) -> Path:
+    model = timm.create_model("cn_cifar_convnet", num_classes=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # batch norms that never saw data
+        cn_hf.patch_model(model, mode=mode, context_names=["day", "night"])
+    if mode not in ("bn", "mn"):
+        cn_hf.set_inference(model, inference, source=source)
+    return cn_hf.save_pretrained(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "inference", "without"),
+    [
+        ("cn-channels", "cn+", True), ("cn-channels", "cn", False), ("cn-channels", "predict", True),
+        ("dsbn", "cn+", False), ("dsbn", "average", True), ("bn", "cn+", True),
+    ],
+)  # fmt: skip
+def test_all_contexts_leaves_out_none_where_ids_are_needed(mode, inference, without, picture, tmp_path):
+    source = BrightnessContexts(100.0) if inference == "predict" else None
+    checkpoint = saved(tmp_path, mode, inference, source)
+    done = CliRunner().invoke(app, ["predict", str(checkpoint), str(picture), "--all-contexts"])
+    assert done.exit_code == 0, done.exception
+    told = [line.split("(")[1].split(")")[0] for line in done.output.splitlines()]
+    contexts = [] if mode == "bn" else ["context day", "context night"]
+    assert told == ["no context given"] * without + contexts
+
+
+@pytest.mark.parametrize(
+    ("mode", "inference", "words"),
+    [
+        ("cn-channels", "cn+", "mode: cn-channels, embedder; without ids: cn+ (learned, none)"),
+        ("cn-channels", "cn", "mode: cn-channels, embedder; needs context ids"),
+        ("dsbn", "cn+", "mode: dsbn; needs context ids"),
+        ("dsbn", "average", "mode: dsbn; without ids: average"),
+        ("bn", "cn+", "mode: bn, a baseline without contexts"),
+        ("mn", "cn+", "mode: mn, a baseline without contexts"),
+    ],
+)
+def test_inspect_says_what_is_true_of_the_mode(mode, inference, words, tmp_path):
+    lines = inspect_checkpoint(saved(tmp_path, mode, inference)).splitlines()
+    assert words in lines
+    assert ("context source: none" in lines) == (mode not in ("bn", "mn"))
+
+
+def test_a_device_that_is_not_there_is_refused(picture, tmp_path):
+    checkpoint = saved(tmp_path, "cn-channels")
+    absent = ["gpu", "hpu"] if torch.cuda.is_available() else ["gpu", "hpu", "cuda"]
+    for device in absent:
+        done = CliRunner().invoke(app, ["predict", str(checkpoint), str(picture), "--device", device])
+        assert isinstance(done.exception, ConfigError)
+        assert f"device '{device}' cannot be had" in str(done.exception)
+        assert "Here there is cpu" in str(done.exception)
 
 
 @pytest.mark.slow

@@ -403,6 +403,9 @@ def test_the_command_line(saved: Path, files: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "d.png"]
     failed = CliRunner().invoke(app, [*arguments, "--to", "nihgt", "-o", str(tmp_path / "new")])
     assert isinstance(failed.exception, ContextIdError)
+    failed = CliRunner().invoke(app, [*arguments, "--to", "night", "-o", str(tmp_path / "new"), "--device", "gpu"])
+    assert isinstance(failed.exception, ConfigError)
+    assert "device 'gpu' cannot be had" in str(failed.exception)
     assert not (tmp_path / "new").exists()
 
 

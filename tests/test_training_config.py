@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperOption
 from typer.testing import CliRunner
 
 from cn_hf.errors import ConfigError
+from cn_hf.patching.config import MODES
+from cn_hf.training.adamatch_config import AdaMatchConfig
 from cn_hf.training.command import training_app
 from cn_hf.training.config import TrainingConfig
+from cn_hf.training.siamese_config import SiameseConfig
+from cn_hf.training.sources import CONTEXT_KINDS
 
 UNUSUAL = {
     "model": "vit_tiny_patch16_224",
@@ -195,6 +202,20 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     config = run_command(["--config", str(file), "--epochs", "9", "--no-baseline", "--model-args", "depth=3"])
     expected = {**UNUSUAL, "epochs": 9, "baseline": False, "model_args": {"img_size": 32, "depth": 3}}
     assert config == TrainingConfig.from_dict(expected)
+
+
+@pytest.mark.parametrize("config_class", [TrainingConfig, SiameseConfig, AdaMatchConfig])
+def test_help_names_the_choices_and_shows_defaults_as_they_are_typed(config_class: type[TrainingConfig]) -> None:
+    command = typer.main.get_command(training_app(print, help="test", config_class=config_class))
+    options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, TyperOption)}
+    words = re.findall(r"[\w-]+", options["mode"].help or "")
+    assert set(words) >= set(MODES)
+    kinds = options["contexts"].help or ""
+    assert all(kind in kinds for kind in (("origin", "none") if config_class is AdaMatchConfig else CONTEXT_KINDS))
+    assert not any("(" in str(option.show_default) for option in options.values())
+    if config_class is SiameseConfig:
+        assert options["where"].show_default == "input"
+        assert options["augment"].show_default == "flip, rotation, zoom"
 
 
 def test_bad_command_lines(tmp_path: Path) -> None:

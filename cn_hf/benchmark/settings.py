@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from cn_hf.errors import ConfigError, nearest
+from cn_hf.hub.device import available_device
 
 __all__ = ["SIZES", "NetworkOptions", "Settings", "usable_device"]
 
@@ -112,11 +113,7 @@ def usable_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+    device = available_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} cannot be timed here; use 'cpu' or 'cuda'")
     if device.index:

@@ -126,6 +126,11 @@ class ContextSource(ABC):
         snapshot = copy.copy(self)  # streams compute later: fitting this source again must not change them
         return map_splits(dataset, lambda split: snapshot._apply_split(split, overwrite))
 
+    @property
+    def can_predict(self) -> bool:
+        """Whether ``predict`` can tell contexts from pixels."""
+        return type(self).predict is not ContextSource.predict
+
     def predict(self, images: Any) -> Tensor:
         """Contexts of images.
 

@@ -174,6 +174,10 @@ class ClusterContexts(ImageContextSource):
         super().__init__(
             image_column=image_column, image_mode=image_mode, image_size=image_size, num_workers=num_workers
         )
+        if not callable(features) and features not in FEATURES:
+            raise ConfigError(
+                f"Unknown features {features!r}; {nearest(str(features), FEATURES)}, or give a model that embeds images"
+            )
         self.options = ClusterOptions(
             num_contexts=num_contexts,
             method=method,

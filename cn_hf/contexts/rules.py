@@ -83,6 +83,11 @@ class RuleContexts(RowContextSource):
     def __repr__(self) -> str:
         return f"RuleContexts({describe(self.fn)}, names={list(self.names)}, on={self.on!r})"
 
+    @property
+    def can_predict(self) -> bool:
+        """Whether the rule is ``on="image"``."""
+        return self.on == "image"
+
     def predict(self, images: Any) -> Tensor:
         """Contexts of images, for a rule ``on="image"``.
 

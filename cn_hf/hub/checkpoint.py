@@ -34,6 +34,7 @@ from cn_hf.hub.description import (
     described,
     read_description,
 )
+from cn_hf.hub.device import available_device
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
 from cn_hf.hub.weights import (
@@ -222,10 +223,11 @@ def from_pretrained(
 
     Raises:
         CheckpointError: nothing there, truncated, of a newer format, of another architecture or number of contexts.
-        ConfigError: an option is unknown, or contradicts another.
+        ConfigError: an option is unknown, or contradicts another, or there is no such device.
     """
     if device is not None and device_map is not None:
         raise ConfigError(f"Pass device= or device_map=, not both; received {device!r} and {device_map!r}.")
+    device = None if device is None else available_device(device)
     dtype = _dtype(dtype)
     options = HubOptions(
         revision=revision,
@@ -295,7 +297,7 @@ def _dispatched(model: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Mod
 
     if isinstance(device_map, str):
         if device_map != "auto":  # one device by name, as in transformers
-            return model.to(device_map)
+            return model.to(available_device(device_map))
         places: Mapping[str, Any] = accelerate.infer_auto_device_map(model)
     else:
         places = device_map

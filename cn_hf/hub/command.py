@@ -56,7 +56,9 @@ def predict(
     context: Annotated[
         list[str] | None, typer.Option(help="Context of the images, by name or number; repeatable. Else unknown.")
     ] = None,
-    all_contexts: Annotated[bool, typer.Option("--all-contexts", help="Each context in turn, and none.")] = False,
+    all_contexts: Annotated[
+        bool, typer.Option("--all-contexts", help="Each context in turn; first none, if the model allows that.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes shown.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     revision: _Revision = None,
@@ -67,11 +69,15 @@ def predict(
     if context and all_contexts:
         raise ConfigError("--context and --all-contexts exclude each other.")
     from cn_hf.hub import from_pretrained, prediction
+    from cn_hf.hub.inspection import needs_ids
+    from cn_hf.patching.routing import router_of
 
     pictures = prediction.open_images(images)
     model = from_pretrained(checkpoint, revision=revision, subfolder=subfolder, token=token, device=device)
     contexts: list[str | None] = [*context] if context else [None]
     if all_contexts:
+        router = router_of(model)
+        contexts = [] if needs_ids(router.config, has_source=router.source is not None) else [None]
         contexts += prediction.context_names(model)
     found = prediction.predict(model, pictures, contexts=contexts, names=[path.name for path in images], top=top)
     print(prediction.prediction_lines(found))

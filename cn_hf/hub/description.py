@@ -19,6 +19,7 @@ from cn_hf.files import read_description as read_json
 from cn_hf.files import write_whole
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
+from cn_hf.patching.inference import check_order
 from cn_hf.patching.routing import ContextSourceLike, router_of
 
 __all__ = [
@@ -116,7 +117,7 @@ def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextS
 
     Raises:
         InputTypeError: it is no context source.
-        ConfigError: it names another number of contexts than the model has.
+        ConfigError: it names another number of contexts than the model has, or numbers them otherwise.
     """
     router = router_of(model)
     source = router.source if given is None else given
@@ -126,6 +127,8 @@ def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextS
         raise ConfigError(
             f"The source names {source.num_contexts} contexts, the model has {router.config.num_contexts}."
         )
+    if source is not None:
+        check_order(source, router.config)
     return source
 
 

@@ -15,10 +15,10 @@ from cn_hf.errors import CheckpointError, PatchError
 from cn_hf.hub.base_model import build_base
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
 from cn_hf.hub.repository import HubOptions, checkpoint_folder
-from cn_hf.patching import context_parameters, patch_model, patch_report
-from cn_hf.patching.config import BASELINES
+from cn_hf.patching import ContextNormConfig, context_parameters, patch_model, patch_report
+from cn_hf.patching.config import BASELINES, CN_MODES
 
-__all__ = ["inspect_checkpoint"]
+__all__ = ["inspect_checkpoint", "needs_ids"]
 
 RESULTS_FILE = "results.json"
 
@@ -54,22 +54,42 @@ def _summary(description: Description, folder: Path) -> str:
     names = list(config.context_names or map(str, range(config.num_contexts)))
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     kind = "components" if config.mode == "mn" else "contexts"
-    lines = [
-        f"base: {described(description.base)}",
-        f"mode: {config.mode}, {config.parametrization}; without ids: {config.inference}"
-        + (f" ({config.plus_stats}, {config.plus_scale})" if config.inference == "cn+" else ""),
-    ]
+    lines = [f"base: {described(description.base)}", f"mode: {_mode(config, description.context_source)}"]
     if config.mode != "bn":
         lines.append(f"{kind}: {len(names)} ({shown})")
     if config.mode not in BASELINES:
-        source = _source_type(folder) if description.context_source else "none; contexts must be given"
-        lines.append(f"context source: {source}")
+        lines.append(f"context source: {_source_type(folder) if description.context_source else 'none'}")
     lines.append(f"pixels: less {_numbers(description.pixel_mean)}, by {_numbers(description.pixel_std)}")
     for name in description.weights:
         file = folder / name
         size = f"{file.stat().st_size / 1e6:,.2f} MB" if file.is_file() else "not downloaded"
         lines.append(f"weights: {name}, {size}" + (" (context parameters alone)" if description.norms_only else ""))
     return "\n".join(lines)
+
+
+def needs_ids(config: ContextNormConfig, *, has_source: bool) -> bool:
+    """Whether evaluation without context ids is an error.
+
+    Args:
+        config: how the model is patched and runs.
+        has_source: it has a context source.
+    """
+    if config.mode in BASELINES or config.inference == "average":
+        return False
+    if config.inference == "predict":
+        return not has_source
+    return config.inference == "cn" or config.mode == "dsbn"
+
+
+def _mode(config: ContextNormConfig, has_source: bool) -> str:
+    """The mode, and what it does without context ids."""
+    if config.mode in BASELINES:
+        return f"{config.mode}, a baseline without contexts"
+    mode = f"{config.mode}, {config.parametrization}" if config.mode in CN_MODES else config.mode
+    if needs_ids(config, has_source=has_source):
+        return f"{mode}; needs context ids"
+    plus = f" ({config.plus_stats}, {config.plus_scale})" if config.inference == "cn+" else ""
+    return f"{mode}; without ids: {config.inference}{plus}"
 
 
 def _source_type(folder: Path) -> str:

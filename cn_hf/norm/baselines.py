@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from cn_hf.norm.em import (
 from cn_hf.norm.functional import mixture_norm
 from cn_hf.norm.layers import FeatureNorm, check_feature_dim, check_features
 from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_forward
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["FeatureBatchNorm", "MixtureNorm"]
 
@@ -206,9 +203,9 @@ class MixtureNorm(FeatureNorm):
         super()._load_from_state_dict(*args, **kwargs)
         self._seeded = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixtureNorm:
         self._forget()  # what is kept beside the buffers would stay on the old device
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        moved: MixtureNorm = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return moved
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cn_hf.norm.choices import check_choice
 from cn_hf.patching.config import INFERENCE, ContextNormConfig
 from cn_hf.patching.routing import ContextSourceLike, router_of
 
-__all__ = ["apply_inference", "set_inference"]
+__all__ = ["apply_inference", "check_order", "set_inference"]
 
 
 def set_inference(
@@ -51,7 +51,7 @@ def set_inference(
     config = router.config.replace(**{name: value for name, value in options.items() if value is not None})
     source = router.source if source is None else source
     if inference == "predict":
-        _check_source(source, config.num_contexts)
+        _check_source(source, config)
     pixel_mean, pixel_std = _per_channel("mean", mean, router.pixel_mean), _per_channel("std", std, router.pixel_std)
     router.config, router.source = config, source
     router.pixel_mean, router.pixel_std = pixel_mean, pixel_std
@@ -80,10 +80,34 @@ def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
             module.plus_scale = config.plus_scale
 
 
-def _check_source(source: Any, num_contexts: int) -> None:
+def _check_source(source: Any, config: ContextNormConfig) -> None:
     if source is None:
         raise ConfigError('inference="predict" needs a fitted context source: pass source=...')
+    kind = type(source).__name__
     if not hasattr(source, "predict"):
-        raise ConfigError(f"source must be a context source with predict(images), received {type(source).__name__}.")
-    if source.num_contexts != num_contexts:
-        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {num_contexts}.")
+        raise ConfigError(f"source must be a context source with predict(images), received {kind}.")
+    if not getattr(source, "fitted", True):
+        raise ConfigError(f"The {kind} is not fitted: call fit(dataset) with training data, or load a saved one.")
+    if not getattr(source, "can_predict", True):
+        raise ConfigError(
+            f"{kind} cannot tell a context from pixels alone. Use ClusterContexts, BrightnessContexts or "
+            "RuleContexts(on='image') to predict, or give context_ids."
+        )
+    if source.num_contexts != config.num_contexts:
+        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {config.num_contexts}.")
+    check_order(source, config)
+
+
+def check_order(source: Any, config: ContextNormConfig) -> None:
+    """Refuse a source that gives names of the model's other numbers than the model does.
+
+    Raises:
+        ConfigError: a name of the source is one of the model's, and another number.
+    """
+    known = tuple(config.context_names or ())
+    names = tuple(getattr(source, "names", ()))
+    if moved := [name for number, name in enumerate(names) if name in known and known.index(name) != number]:
+        raise ConfigError(
+            f"The source numbers its contexts {list(names)} and the model {list(known)}: {moved} would be taken for "
+            "others. Patch the model with context_names=source.names."
+        )

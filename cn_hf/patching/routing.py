@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, Protocol, cast
@@ -225,6 +225,8 @@ class RoutedModel(Swapped):
         )
 
 
+_MOST_COLOURS = 4  # channels of an image, by which it is told from features
+
 ROOT_MIXINS: dict[str, type] = {}
 """What roots of a library's models can do besides: qualified name of the library's base class -> mixin."""
 
@@ -301,11 +303,15 @@ def _route(
         return forward(model, *args, **kwargs)
     if ids is not None or router.default is not None:
         first = _first_tensor(args, kwargs)
-        if ids is None:
-            ids = cast(Tensor, router.default)
-            ids = ids.expand(first.shape[0], *ids.shape[1:]) if len(ids) == 1 else ids
-        resolved = router.resolve(ids, first.shape[0], first.device)
+        given = cast(Tensor, router.default) if ids is None else as_tensor(ids, config.context_names)
+        alike = given.dim() == 0 or (ids is None and len(given) == 1)  # of all samples, however many a part has
+        resolved = router.resolve(given, 1 if alike else first.shape[0], first.device)
         return _run(router, lambda: forward(model, *args, **kwargs), resolved)
+    if config.mode == "dsbn" and config.inference not in ("average", "predict"):
+        raise ContextIdError(
+            "Domain-specific batch norm needs the context of each sample: pass context_ids=ids, or "
+            'set_inference(model, "average") to try all contexts.'
+        )
     if model.training:
         raise ContextIdError(
             "Training needs context_ids: pass model(..., context_ids=ids), one id a sample "
@@ -316,6 +322,7 @@ def _route(
             'inference="cn" needs context_ids: pass model(..., context_ids=ids), or call set_inference(model, "cn+").'
         )
     if config.inference == "average":
+        _check_averages(model)
         first = _first_tensor(args, kwargs)
         return _average(router, lambda: forward(model, *args, **kwargs), first, kwargs.get("labels"))
     resolved_or_none = _predict(router, _first_tensor(args, kwargs)) if config.inference == "predict" else None
@@ -326,6 +333,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
+        if isinstance(value, Mapping):  # such as patches and their places
+            return _first_tensor((), cast("dict[str, Any]", value))
     raise InputTypeError("A patched model needs a batch: no tensor was among the arguments of forward.")
 
 
@@ -374,6 +383,19 @@ def _predict(router: ContextRouter, images: Tensor) -> Tensor:
     return router.resolve(router.source.predict(pixels), images.shape[0], images.device)
 
 
+def _check_averages(model: Any) -> None:
+    """Refuse a model whose outputs are not scores of classes that exclude each other."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    classes = getattr(model, "num_classes", None)
+    if problem in ("multi_label_classification", "regression") or classes in (0, 1):
+        found = f"problem_type {problem!r}" if classes not in (0, 1) else f"num_classes {classes}"
+        raise PatchError(
+            'inference="average" averages the probabilities of classes that exclude each other, and '
+            f"{type(model).__name__} has {found}. "
+            'Pass context_ids, or call set_inference(model, "cn+").'
+        )
+
+
 def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labels: Tensor | None) -> Any:
     log_probabilities: Tensor | None = None
     output: Any = None
@@ -384,7 +406,8 @@ def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labe
             raise InputTypeError(
                 f'inference="average" needs logits: forward returned {type(output).__name__} without them.'
             )
-        log_probability = F.log_softmax(logits.float(), dim=-1)
+        classes = 1 if logits.dim() == 4 else -1  # of maps (N, K, H, W)
+        log_probability = F.log_softmax(logits, dim=classes, dtype=torch.promote_types(logits.dtype, torch.float32))
         if log_probabilities is None:
             log_probabilities = log_probability
         else:
@@ -394,6 +417,11 @@ def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labe
         return mean.to(output.dtype)
     averaged: dict[str, Any] = {"logits": mean}
     if labels is not None:
+        if mean.dim() != 2 or labels.shape != mean.shape[:1]:
+            raise InputTypeError(
+                f'inference="average" has a loss for one label an image, ({len(mean)},), not for labels of shape '
+                f"{tuple(labels.shape)} and logits of shape {tuple(mean.shape)}: leave labels out."
+            )
         averaged["loss"] = F.cross_entropy(mean, labels)
     return type(output)(**averaged)
 
@@ -413,7 +441,7 @@ def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
         context_ids: as for ``forward``.
 
     Raises:
-        ContextIdError: the ids are invalid.
+        ContextIdError: the ids are invalid, or, where a module of the model meets images, not one an image.
         PatchError: the model is not patched.
     """
     router = router_of(model)
@@ -422,7 +450,28 @@ def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
     ids = as_tensor(context_ids, router.config.context_names)
     previous = router.default
     router.default = router.resolve(ids, ids.shape[0] if ids.dim() else 1, device)
+    hooks = [child.register_forward_pre_hook(_check_images(router), with_kwargs=True) for child in model.children()]
     try:
         yield
     finally:
         router.default = previous
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_images(router: ContextRouter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """For calls past the root's forward, which checks by itself: ids of another number than images are an error."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = router.default
+        if ids is None or len(ids) == 1 or router.ids is not None:
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] <= _MOST_COLOURS < value.shape[2]:
+                if value.shape[0] != len(ids):
+                    raise ContextIdError(
+                        f"Received {len(ids)} context_ids for a batch of {value.shape[0]} images; give one each."
+                    )
+                return
+
+    return check

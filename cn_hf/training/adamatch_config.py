@@ -55,7 +55,9 @@ class AdaMatchConfig(TrainingConfig):
     )
 
     share_labels: bool = option("the two datasets share one label space; AdaMatch needs it", True, section="data")
-    contexts: str = option("origin (of each image), or another source for ssl", "origin", section="contexts")
+    contexts: str = option(
+        "origin (of each image); for ssl none, or any of the classifier's other kinds", "origin", section="contexts"
+    )
     augment: tuple[str, ...] = option(
         "weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data"
     )

@@ -103,6 +103,8 @@ def _shown_default(field: dataclasses.Field[Any]) -> str | bool:
     default = field.default
     if default is dataclasses.MISSING or default is None or default == ():
         return False
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -95,9 +95,14 @@ class TrainingConfig:
     memory: float = option("GiB of decoded images to hold; larger splits are read as used", 4.0, section="data")
     num_workers: int = option("processes (a stream: threads) that decode images; 0: none", 0, section="data")
 
-    mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "none", section="contexts")
+    mode: str = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "none", section="contexts")
     where: tuple[str, ...] = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
-    contexts: str = option("where contexts come from, e.g. column:coarse_label", "none", section="contexts")
+    contexts: str = option(
+        "where contexts come from: none, column:NAME, origin (of several datasets), clusters:METHOD:K:FEATURES or "
+        "brightness",
+        "none",
+        section="contexts",
+    )
     num_contexts: int | None = option("number of contexts, where the source leaves it open", None, section="contexts")
     balance_contexts: bool = option("train on every context equally often", False, section="contexts")
     norm_options: dict[str, Any] = dataclasses.field(

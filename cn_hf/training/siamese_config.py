@@ -44,7 +44,7 @@ class SiameseConfig(TrainingConfig):
         "flip, crop, rotation, zoom, invert", ("flip", "rotation", "zoom"), section="data"
     )
 
-    mode: str = option("none, bn, mn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
+    mode: str = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
     where: tuple[str, ...] = option(
         "norms, paper, input, embed or module-name patterns", ("input",), section="contexts"
     )

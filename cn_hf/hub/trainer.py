@@ -1,0 +1,29 @@
+"""transformers' Trainer gives no weight decay to the parameters that context normalization adds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from cn_hf.norm import ContextNorm
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Let every Trainer pass them over. Calling it again changes nothing."""
+    from transformers.trainer import Trainer
+
+    names_of = Trainer.get_decay_parameter_names
+    if hasattr(names_of, "__wrapped__"):
+        return
+
+    @functools.wraps(names_of)
+    def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
+        layers = [name for name, module in model.named_modules() if isinstance(module, ContextNorm)]
+        added = tuple(f"{name}." if name else "" for name in layers)
+        return [name for name in names_of(self, model) if not name.startswith(added)]
+
+    Trainer.get_decay_parameter_names = get_decay_parameter_names

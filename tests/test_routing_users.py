@@ -1,0 +1,215 @@
+"""What users of other kinds of models meet: several towers, dicts of inputs, outputs that are no classes, sources."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from models_for_tests import tell_apart
+from torch import Tensor, nn
+
+import cn_hf
+from cn_hf.contexts import BrightnessContexts, ClusterContexts, ColumnContexts, OriginContexts, RuleContexts
+from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
+
+
+def vit(**options: Any) -> nn.Module:
+    model = timm.create_model("test_vit", **{"num_classes": 5, **options})
+    return tell_apart(cn_hf.patch_model(model, context_names=["night", "day"])).eval()
+
+
+# ------------------------------------------------------------------------------------------ ids past the root's forward
+
+
+def test_ids_of_another_number_than_images_are_an_error_also_past_the_roots_forward() -> None:
+    model, images = vit(), torch.randn(8, 3, 160, 160)
+    seen = []
+    next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    for count in (4, 2, 16):
+        with (
+            cn_hf.use_contexts(model, [0, 1] * (count // 2)),
+            pytest.raises(ContextIdError, match=f"{count} context_ids for a batch of 8 images"),
+        ):
+            model.forward_features(images)
+    assert not seen, "no layer has run"
+    ids = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
+    with cn_hf.use_contexts(model, ids):
+        features = model.forward_features(images)
+        with pytest.raises(ContextIdError, match="8 context_ids for a batch of 2"):
+            model(images[:2])
+        assert model(images[:2], context_ids=[0, 1]).shape == (2, 5), "the keyword's are this call's"
+    assert torch.equal(model.forward_head(features), model(images, context_ids=ids))
+    with cn_hf.use_contexts(model, "day"):
+        assert torch.equal(model.forward_features(images[:3]), model.forward_features(images)[:3])
+    assert not any(child._forward_pre_hooks for child in model.children())
+
+
+def test_one_id_is_that_of_all_towers() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 30, "max_position_embeddings": 8, "eos_token_id": 29},
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    model = tell_apart(cn_hf.patch_model(transformers.CLIPModel(config), context_names=["night", "day"])).eval()
+    inputs = {"input_ids": torch.randint(0, 28, (3, 6)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        by_name = model(**inputs, context_ids="day").logits_per_image
+        assert by_name.shape == (2, 3)
+        assert torch.equal(by_name, model(**inputs, context_ids=1).logits_per_image)
+        assert not torch.allclose(by_name, model(**inputs, context_ids=0).logits_per_image)
+        with cn_hf.use_contexts(model, "day"):
+            assert torch.equal(by_name, model(**inputs).logits_per_image)
+
+
+def test_inputs_in_a_dict() -> None:
+    if not timm.is_model("naflexvit_base_patch16_gap"):
+        pytest.skip("this timm has no NaFlexViT")
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    model = tell_apart(cn_hf.patch_model(model, num_contexts=2)).eval()
+    patches = torch.randn(2, 9, 16 * 16 * 3)
+    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).view(1, 9, 2).expand(2, -1, -1)
+    given = {"patches": patches, "patch_coord": places, "patch_valid": torch.ones(2, 9, dtype=torch.bool)}
+    out = model(given, context_ids=[0, 1])
+    assert torch.allclose(out[1], model(given, context_ids=1)[1], atol=1e-6)
+    assert not torch.allclose(out[1], model(given, context_ids=0)[1])
+    with pytest.raises(ContextIdError, match="3 context_ids for a batch of 2"):
+        model(given, context_ids=[0, 1, 1])
+
+
+def test_domain_batch_norm_asks_for_ids_before_any_layer() -> None:
+    model = cn_hf.patch_model(timm.create_model("test_resnet", num_classes=5), mode="dsbn", num_contexts=2).eval()
+    seen = []
+    next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(ContextIdError, match="needs the context of each sample"):
+        model(torch.randn(2, 3, 160, 160))
+    assert not seen
+    cn_hf.set_inference(model, "average")
+    assert model(torch.randn(2, 3, 160, 160)).shape == (2, 5)
+
+
+# ---------------------------------------------------------------------------------------------- the mean over contexts
+
+
+class Maps(nn.Module):
+    """Scores of each pixel, (N, K, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        return SimpleLogits(logits=self.norm(self.conv(pixel_values)))
+
+
+class SimpleLogits(SimpleNamespace):
+    pass
+
+
+def test_the_mean_over_contexts_is_over_classes_of_maps_too() -> None:
+    model = tell_apart(cn_hf.patch_model(Maps(), mode="cn-channels", num_contexts=2)).eval().double()
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    each = torch.stack([model(x, context_ids=context).logits.softmax(1) for context in (0, 1)])
+    cn_hf.set_inference(model, "average")
+    logits = model(x).logits
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, each.mean(0).log(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(InputTypeError, match=r"one label an image.*labels of shape \(2, 6, 5\)"):
+        model(x, labels=torch.zeros(2, 6, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_the_mean_over_contexts_needs_classes(classes: int) -> None:
+    model = cn_hf.set_inference(vit(num_classes=classes), "average")
+    with pytest.raises(PatchError, match=f"has num_classes {classes}. Pass context_ids"):
+        model(torch.randn(2, 3, 160, 160))
+    assert model(torch.randn(2, 3, 160, 160), context_ids=[0, 1]) is not None
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_the_mean_over_contexts_needs_classes_that_exclude_each_other(problem: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        num_labels=3, problem_type=problem,
+    )  # fmt: skip
+    model = cn_hf.patch_model(transformers.ViTForImageClassification(config), num_contexts=2).eval()
+    cn_hf.set_inference(model, "average")
+    with pytest.raises(PatchError, match=f"has problem_type '{problem}'"):
+        model(torch.randn(2, 3, 16, 16))
+
+
+# ------------------------------------------------------------------------------------------------------ context sources
+
+
+def test_a_source_that_numbers_contexts_otherwise_is_refused(tmp_path: Any) -> None:
+    model, source = vit(), BrightnessContexts(100)
+    assert source.names == ("day", "night")
+    with pytest.raises(ConfigError, match=r"numbers its contexts \['day', 'night'\] and the model \['night', 'day'\]"):
+        cn_hf.set_inference(model, "predict", source=source)
+    assert model.context_config.inference == "cn+"
+    with pytest.raises(ConfigError, match=r"Patch the model with context_names=source\.names"):
+        cn_hf.save_pretrained(model, tmp_path / "model", context_source=source)
+    same = timm.create_model("test_vit", num_classes=5)
+    cn_hf.set_inference(cn_hf.patch_model(same, context_names=source.names), "predict", source=source)
+    other = timm.create_model("test_vit", num_classes=5)
+    cn_hf.set_inference(cn_hf.patch_model(other, context_names=["bright", "dark"]), "predict", source=source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (ClusterContexts(2), "ClusterContexts is not fitted"),
+        (BrightnessContexts(), "BrightnessContexts is not fitted"),
+        (RuleContexts(lambda row: "a", ["a", "b"], on="example"), "RuleContexts cannot tell a context from pixels"),
+    ],
+    ids=["clusters", "brightness", "rule"],
+)
+def test_a_source_that_cannot_predict_is_refused_at_once(source: Any, message: str) -> None:
+    model = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5), num_contexts=2)
+    with pytest.raises(ConfigError, match=message):
+        cn_hf.set_inference(model, "predict", source=source)
+    assert model.context_config.inference == "cn+"
+
+
+def test_which_sources_can_predict() -> None:
+    assert not ColumnContexts("label").can_predict
+    assert RuleContexts(lambda picture: 0, ["a", "b"], on="image").can_predict
+    assert ClusterContexts(2).can_predict
+    assert BrightnessContexts().can_predict
+    assert not OriginContexts.can_predict.fget(object.__new__(OriginContexts))  # type: ignore[attr-defined]
+
+
+def test_features_by_a_model_are_given_as_that_model() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown features 'model'.* or give a model that embeds images"):
+        ClusterContexts(2, features="model")
+    assert ClusterContexts(2, features=lambda x: F.avg_pool2d(x, 4).flatten(1)).options.features == "model"
+
+
+# -------------------------------------------------------------------------------------------------------- weight decay
+
+
+def test_trainer_gives_the_parameters_of_contexts_no_weight_decay(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    arguments = transformers.TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
+    decayed = []
+    for patched in (False, True):
+        model = transformers.ResNetForImageClassification(config)
+        names = {name for name, _ in model.named_parameters()}
+        if patched:
+            cn_hf.patch_model(model, mode="cn-channels", where="input", num_contexts=2)
+        optimizer = transformers.Trainer(model, arguments).create_optimizer()
+        with_decay = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        added = cn_hf.context_parameters(model) if patched else []
+        assert not any(id(parameter) in with_decay for parameter in added)
+        decayed.append({name for name, p in model.named_parameters() if id(p) in with_decay})
+        assert bool(added) == patched
+    assert decayed[0] == decayed[1]
+    assert decayed[0] < names
