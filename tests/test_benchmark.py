@@ -279,12 +279,12 @@ def test_a_table_says_which_limits_hold() -> None:
 def test_the_readme_table_shows_both_devices() -> None:
     report: Report = {
         "cpu": {"ops": record(measured(), size="quick")},
-        "cuda": {"ops": record(measured(value=0.6, dtype="bfloat16"), kernels="triton 3")},
+        "cuda": {"ops": record(measured(value=1.6, dtype="bfloat16"), kernels="triton 3")},
     }
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in readme_table(report).splitlines()}
     line = rows["CN layer on maps, step", "nn.BatchNorm2d"]
     assert "0.90× time (≤ 1.00)" in line
-    assert "0.60× time (≤ 1.00)" in line
+    assert "1.60× time (≤ 1.00, missed)" in line
     assert rows["CN op on maps, forward", "copy"].count("not measured (≥ 0.85)") == 1
     end = readme_table(report).splitlines()[-1]
     assert end == (
@@ -301,8 +301,13 @@ def test_the_table_is_put_between_its_markers(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="marked once"):
             put_table(broken, "new")
     (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ConfigError, match="holds no report to make a table of"):
+        update_table(tmp_path / "README.md", tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    report: Report = {"cpu": {"ops": record(measured())}}
+    write_report(report, tmp_path)
     table = update_table(tmp_path / "README.md", tmp_path)
-    assert table == readme_table({})
+    assert table == readme_table(report)
     assert (tmp_path / "README.md").read_text() == put_table(text, table)
     with pytest.raises(CheckpointError, match="cannot be read"):
         update_table(tmp_path / "absent.md", tmp_path)
@@ -446,7 +451,7 @@ def test_script_and_command_are_the_same_program(tmp_path: Path) -> None:
         (("--device", "gpu"), "error: device 'gpu' cannot be had"),
         (("--threads", "0"), "error: threads must be at least 1"),
         (("--network", "vitt"), "error: unknown network 'vitt'; did you mean 'vit'?"),
-        (("--table", "absent.md"), "error: absent.md cannot be read"),
+        (("--table", "absent.md"), "holds no report to make a table of: measure first"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

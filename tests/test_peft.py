@@ -141,3 +141,11 @@ def test_what_cn_hf_does_to_the_model_under_the_adapter(run: tuple[Any, Path]) -
         model(pixel_values=IMAGES, context_ids=torch.tensor([0, 1, 2, 0]))
     with pytest.raises(cn_hf.PatchError, match="get_base_model"):
         cn_hf.patch_report(model)
+    batches = [{"pixel_values": IMAGES, "context_ids": IDS}]
+    for change in (
+        lambda: cn_hf.add_contexts(inner, 1),
+        lambda: cn_hf.calibrate(inner, batches),
+        lambda: cn_hf.fold_context(inner, 0),
+    ):
+        with pytest.raises(cn_hf.PatchError, match=r"wrapped in a ModulesToSaveWrapper.*merge_and_unload"):
+            change()

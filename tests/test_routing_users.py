@@ -22,6 +22,20 @@ def vit(**options: Any) -> nn.Module:
     return tell_apart(cn_hf.patch_model(model, context_names=["night", "day"])).eval()
 
 
+def test_a_mode_for_norms_of_another_kind_is_advised() -> None:
+    for where in ("norms", "paper"):
+        with pytest.raises(PatchError, match="mode='cn-channels'"):
+            cn_hf.patch_model(timm.create_model("test_resnet"), where=where, num_contexts=2)
+    with pytest.raises(PatchError, match="Its norms are those of mode='cn-patches'"):
+        cn_hf.patch_model(timm.create_model("test_vit"), mode="cn-channels", where="norms", num_contexts=2)
+
+
+def test_layers_that_no_ids_reach_say_how() -> None:
+    model = cn_hf.set_inference(vit(), "average")
+    with pytest.raises(ContextIdError, match=r"use_contexts\(model, ids\) around calls past its forward"):
+        model.forward_features(torch.randn(2, 3, 160, 160))
+
+
 # ------------------------------------------------------------------------------------------ ids past the root's forward
 
 

@@ -84,9 +84,12 @@ def update_table(path: Path, output_dir: Path) -> str:
 
     Raises:
         CheckpointError: A file cannot be read or written.
-        ConfigError: The file has no markers.
+        ConfigError: The file has no markers, or there is no report.
     """
-    table = readme_table(read_report(output_dir))
+    report = read_report(output_dir)
+    if not report:
+        raise ConfigError(f"{output_dir} holds no report to make a table of: measure first, or give its --output-dir")
+    table = readme_table(report)
     try:
         text = path.read_text(encoding="utf-8")
         write_whole(path, put_table(text, table).encode())

@@ -216,7 +216,8 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "–"
     limit = row.limit_in_words
-    return f"{row.value_in_words} ({limit})" if limit else row.value_in_words
+    missed = ", missed" if row.holds is False else ""
+    return f"{row.value_in_words} ({limit}{missed})" if limit else row.value_in_words
 
 
 def _origin(report: Report, device: str) -> str:

@@ -378,7 +378,10 @@ class ContextNorm(FeatureNorm):
             if self.training:
                 raise ContextIdError("Training needs context_ids: which context does each sample belong to?")
             if self.inference == "cn":
-                raise ContextIdError("inference='cn' needs context_ids; use inference='cn+' to run without them.")
+                raise ContextIdError(
+                    "No context_ids reached this layer, and inference is not 'cn+': pass them to the model, or use "
+                    "use_contexts(model, ids) around calls past its forward."
+                )
             mean, var = self.statistics()
             return context_norm_plus(
                 x,

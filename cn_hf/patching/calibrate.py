@@ -21,7 +21,7 @@ from cn_hf.errors import ContextIdError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import Slot
-from cn_hf.patching.patch import named_slots
+from cn_hf.patching.patch import own_slots
 from cn_hf.patching.routing import ContextRouter, router_of
 
 __all__ = ["calibrate"]
@@ -102,7 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
         PatchError: the model is not patched, or with a baseline; or the data holds no sample.
     """
     router = router_of(model)
-    slots = [slot for _, slot in named_slots(model)]
+    slots = [slot for _, slot in own_slots(model)]
     if not all(isinstance(slot.normalizer, ContextNorm) for slot in slots):
         raise PatchError(
             f"calibrate needs context normalization; the model was patched with mode={router.config.mode!r}."
@@ -135,7 +135,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
 def _context_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": parameter.detach()
-        for name, slot in named_slots(model)
+        for name, slot in own_slots(model)
         for key, parameter in slot.normalizer.named_parameters()
     }
 
@@ -217,7 +217,7 @@ def _observe(model: nn.Module, data: Iterable[Any], approximate: bool) -> list[T
             _run(model, batch)
         return observer.seen
     router.observer = observer.next
-    progress = tqdm(total=len(named_slots(model)), desc="calibrate", unit="slot", leave=False, disable=None)
+    progress = tqdm(total=len(own_slots(model)), desc="calibrate", unit="slot", leave=False, disable=None)
     with progress:
         while True:
             for batch in data:

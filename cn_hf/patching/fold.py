@@ -19,7 +19,7 @@ from cn_hf.errors import PatchError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import NORMS, Slot, qualified_name
-from cn_hf.patching.patch import named_slots, unpatch_model
+from cn_hf.patching.patch import own_slots, unpatch_model
 from cn_hf.patching.routing import router_of
 
 __all__ = ["fold_context"]
@@ -41,7 +41,7 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
             position embeddings itself.
     """
     router = router_of(model)
-    slots = named_slots(model)
+    slots = own_slots(model)
     if not all(isinstance(slot.normalizer, ContextNorm) for _, slot in slots):
         raise PatchError(f"fold_context needs context normalization; the model's mode is {router.config.mode!r}.")
     ids = router.resolve(context, 1, torch.device("cpu"))

@@ -23,7 +23,7 @@ from cn_hf.norm.ids import as_tensor
 from cn_hf.patching.calibrate import calibrate
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import Slot
-from cn_hf.patching.patch import context_parameters, named_slots
+from cn_hf.patching.patch import context_parameters, own_slots
 from cn_hf.patching.routing import router_of
 
 __all__ = ["add_contexts", "remove_contexts", "train_only_contexts"]
@@ -157,7 +157,7 @@ def _contexts_of(model: nn.Module) -> tuple[ContextNormConfig, list[Grown]]:
 
 
 def _slots(model: nn.Module) -> list[Slot]:
-    return [slot for _, slot in named_slots(model)]
+    return [slot for _, slot in own_slots(model)]
 
 
 def _new_names(names: str | Sequence[str] | int, known: tuple[str, ...] | None) -> tuple[int, tuple[str, ...]]:

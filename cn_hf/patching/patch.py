@@ -349,6 +349,23 @@ def named_slots(model: nn.Module) -> list[tuple[str, Slot]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Slot)]
 
 
+def own_slots(model: nn.Module) -> list[tuple[str, Slot]]:
+    """``named_slots``, for what changes their layers: these must be the layers that patching put there.
+
+    Raises:
+        PatchError: the model is not patched, or something wraps the layers.
+    """
+    slots = named_slots(model)
+    for name, slot in slots:
+        kind = type(slot.normalizer)
+        if not kind.__module__.startswith("cn_hf."):
+            raise PatchError(
+                f"The context-aware layer of {name} is wrapped in a {kind.__name__}, as by PEFT's modules_to_save: "
+                "take it off first, with peft_model.merge_and_unload() or peft_model.unload()."
+            )
+    return slots
+
+
 def patch_report(model: nn.Module) -> PatchReport:
     """List the slots of a patched model: name, old class, new class, features.
 

@@ -130,8 +130,10 @@ def _all_norms(model: nn.Module, mode: str) -> list[Target]:
     if not targets:
         kinds = {1: "maps (NCHW)", -1: "tokens (features last)"}
         kind = "batch norms" if mode in BATCH_NORMS else " or ".join(kinds[dim] for dim in FEATURE_DIMS[mode])
+        other = {"cn-patches": "cn-channels", "cn-channels": "cn-patches"}.get(mode, mode)
+        advice = f" Its norms are those of mode={other!r}." if other != mode and _norms(model, other) else ""
         raise PatchError(
-            f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}). "
+            f"{type(model).__name__} has no norm layer that mode={mode!r} can swap ({kind}).{advice} "
             f"{words or _inventory(model)}"
         )
     if left_out:
@@ -292,8 +294,8 @@ def _embed(model: nn.Module, mode: str) -> list[Target]:
             if isinstance(projection, (nn.Conv2d, nn.Linear)):
                 return [_embed_target(name, module, projection)]
     raise PatchError(
-        f"{type(model).__name__} has no patch embedding with a projection that cn_hf knows; use where='norms', or name "
-        "norm layers."
+        f"{type(model).__name__} has no patch embedding with a projection that cn_hf knows; use where='norms' (with "
+        "mode='cn-channels' for a convolutional network), or name norm layers."
     )
 
 
