@@ -357,11 +357,11 @@ def own_slots(model: nn.Module) -> list[tuple[str, Slot]]:
     """
     slots = named_slots(model)
     for name, slot in slots:
-        kind = type(slot.normalizer)
-        if not kind.__module__.startswith("cn_hf."):
+        if not isinstance(slot.normalizer, (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)):
+            wrapper = type(slot.normalizer).__name__
             raise PatchError(
-                f"The context-aware layer of {name} is wrapped in a {kind.__name__}, as by PEFT's modules_to_save: "
-                "take it off first, with peft_model.merge_and_unload() or peft_model.unload()."
+                f"The context-aware layer of {name} is wrapped in a {wrapper}, as by PEFT's modules_to_save: take it "
+                "off first, with peft_model.merge_and_unload() or peft_model.unload()."
             )
     return slots
 
