@@ -357,10 +357,10 @@ def own_slots(model: nn.Module) -> list[tuple[str, Slot]]:
     """
     slots = named_slots(model)
     for name, slot in slots:
-        if not isinstance(slot.normalizer, (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)):
-            wrapper = type(slot.normalizer).__name__
+        layer: nn.Module = slot.normalizer
+        if not isinstance(layer, (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)):
             raise PatchError(
-                f"The context-aware layer of {name} is wrapped in a {wrapper}, as by PEFT's modules_to_save: take it "
+                f"The context-aware layer of {name} is wrapped in a {type(layer).__name__}, as by PEFT's modules_to_save: take it "
                 "off first, with peft_model.merge_and_unload() or peft_model.unload()."
             )
     return slots
