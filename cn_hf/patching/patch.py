@@ -360,8 +360,8 @@ def own_slots(model: nn.Module) -> list[tuple[str, Slot]]:
         layer: nn.Module = slot.normalizer
         if not isinstance(layer, (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)):
             raise PatchError(
-                f"The context-aware layer of {name} is wrapped in a {type(layer).__name__}, as by PEFT's modules_to_save: take it "
-                "off first, with peft_model.merge_and_unload() or peft_model.unload()."
+                f"The context-aware layer of {name} is wrapped in a {type(layer).__name__}, as by PEFT's "
+                "modules_to_save: take it off first, with peft_model.merge_and_unload() or peft_model.unload()."
             )
     return slots
 
