@@ -10,7 +10,6 @@ Shape legend: ``N`` samples, ``T`` contexts.
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ from functools import cache
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cn_hf.errors import ContextIdError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds, as_tensor, resolve_context_ids
+from cn_hf.patching.average import average_contexts, check_averages
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 
 __all__ = ["ContextRouter", "RoutedModel", "Swapped", "add_root_mixin", "router_of", "swap_class", "use_contexts"]
@@ -322,9 +321,14 @@ def _route(
             'inference="cn" needs context_ids: pass model(..., context_ids=ids), or call set_inference(model, "cn+").'
         )
     if config.inference == "average":
-        _check_averages(model)
+        check_averages(model)
         first = _first_tensor(args, kwargs)
-        return _average(router, lambda: forward(model, *args, **kwargs), first, kwargs.get("labels"))
+
+        def in_context(context: int) -> Any:
+            same = torch.full((first.shape[0],), context, device=first.device)
+            return _run(router, lambda: forward(model, *args, **kwargs), same)
+
+        return average_contexts(in_context, config.num_contexts, kwargs.get("labels"))
     resolved_or_none = _predict(router, _first_tensor(args, kwargs)) if config.inference == "predict" else None
     return _run(router, lambda: forward(model, *args, **kwargs), resolved_or_none)
 
@@ -381,49 +385,6 @@ def _predict(router: ContextRouter, images: Tensor) -> Tensor:
     std = torch.tensor(router.pixel_std, device=images.device).view(shape)
     pixels = ((images.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return router.resolve(router.source.predict(pixels), images.shape[0], images.device)
-
-
-def _check_averages(model: Any) -> None:
-    """Refuse a model whose outputs are not scores of classes that exclude each other."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    classes = getattr(model, "num_classes", None)
-    if problem in ("multi_label_classification", "regression") or classes in (0, 1):
-        found = f"problem_type {problem!r}" if classes not in (0, 1) else f"num_classes {classes}"
-        raise PatchError(
-            'inference="average" averages the probabilities of classes that exclude each other, and '
-            f"{type(model).__name__} has {found}. "
-            'Pass context_ids, or call set_inference(model, "cn+").'
-        )
-
-
-def _average(router: ContextRouter, call: Callable[[], Any], first: Tensor, labels: Tensor | None) -> Any:
-    log_probabilities: Tensor | None = None
-    output: Any = None
-    for context in range(router.config.num_contexts):
-        output = _run(router, call, torch.full((first.shape[0],), context, device=first.device))
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise InputTypeError(
-                f'inference="average" needs logits: forward returned {type(output).__name__} without them.'
-            )
-        classes = 1 if logits.dim() == 4 else -1  # of maps (N, K, H, W)
-        log_probability = F.log_softmax(logits, dim=classes, dtype=torch.promote_types(logits.dtype, torch.float32))
-        if log_probabilities is None:
-            log_probabilities = log_probability
-        else:
-            log_probabilities = torch.logaddexp(log_probabilities, log_probability)
-    mean = cast(Tensor, log_probabilities) - math.log(router.config.num_contexts)
-    if isinstance(output, Tensor):
-        return mean.to(output.dtype)
-    averaged: dict[str, Any] = {"logits": mean}
-    if labels is not None:
-        if mean.dim() != 2 or labels.shape != mean.shape[:1]:
-            raise InputTypeError(
-                f'inference="average" has a loss for one label an image, ({len(mean)},), not for labels of shape '
-                f"{tuple(labels.shape)} and logits of shape {tuple(mean.shape)}: leave labels out."
-            )
-        averaged["loss"] = F.cross_entropy(mean, labels)
-    return type(output)(**averaged)
 
 
 # -------------------------------------------------------------------------------------------------------- for the user
