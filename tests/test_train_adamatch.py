@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import adamatch_runs
 import datasets
@@ -214,8 +215,8 @@ def test_an_empty_domain_is_named(day: Path, night: Path, monkeypatch: pytest.Mo
 
     original = module.load_data
 
-    def without_night(config: AdaMatchConfig, accelerator: Accelerator) -> PreparedData:
-        data = original(config, accelerator)
+    def without_night(config: AdaMatchConfig, accelerator: Accelerator, **options: Any) -> PreparedData:
+        data = original(config, accelerator, **options)
         assert isinstance(data.train, DeviceBatches)
         assert data.train.context_ids is not None
         data.train.context_ids.zero_()
@@ -385,7 +386,7 @@ def test_tables_hold_the_papers_numbers_and_protocol() -> None:
         assert {experiment.rows[row].protocol for row in ("cn", "cn-norms", "dsbn")} == {told}
         places = {dataset: DATASETS[dataset].hub_id for dataset in ("mnist", "svhn")}
         cells = plan_cells(experiment, "paper", seeds=None, places=places, output_dir=Path("out"), progress=False)
-        assert len(cells) == 4 * 2 * 3
+        assert len(cells) == 4 * 3 * 3
         for cell in cells:
             config = cell.config
             assert isinstance(config, AdaMatchConfig)
@@ -395,7 +396,10 @@ def test_tables_hold_the_papers_numbers_and_protocol() -> None:
             if cell.column == "paper":
                 assert (config.learning_rate, config.alignment, config.standardize) == (0.03, "overall", "dataset")
             else:
-                assert config.alignment == "per class"
+                assert (config.alignment, config.standardize) == ("per class", "image")
+            assert bool(config.strong_convolution) == (cell.column == "best")
+        medium = plan_cells(experiment, "medium", seeds=None, places=places, output_dir=Path("out"), progress=False)
+        assert [cell.column for cell in medium] == ["best"] * 4
 
 
 def test_tables_share_their_training(shared_data: Path, tmp_path: Path) -> None:

@@ -306,15 +306,15 @@ def _route(
         alike = given.dim() == 0 or (ids is None and len(given) == 1)  # of all samples, however many a part has
         resolved = router.resolve(given, 1 if alike else first.shape[0], first.device)
         return _run(router, lambda: forward(model, *args, **kwargs), resolved)
-    if config.mode == "dsbn" and config.inference not in ("average", "predict"):
-        raise ContextIdError(
-            "Domain-specific batch norm needs the context of each sample: pass context_ids=ids, or "
-            'set_inference(model, "average") to try all contexts.'
-        )
     if model.training:
         raise ContextIdError(
             "Training needs context_ids: pass model(..., context_ids=ids), one id a sample "
             "(see use_contexts for calls that cannot take the keyword)."
+        )
+    if config.mode == "dsbn" and config.inference not in ("average", "predict"):
+        raise ContextIdError(
+            "Domain-specific batch norm needs the context of each sample, received none: pass context_ids=ids, "
+            'or set_inference(model, "average") to try all contexts.'
         )
     if config.inference == "cn":
         raise ContextIdError(
