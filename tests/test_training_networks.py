@@ -6,11 +6,18 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 
 from cn_hf.errors import ConfigError
-from cn_hf.training.networks import check_network_name, create_network, published_normalization, timm_arguments
+from cn_hf.training.networks import (
+    check_network_name,
+    create_network,
+    published_normalization,
+    save_plain,
+    timm_arguments,
+)
 
 
 def test_networks_of_fixed_input_size_are_built_for_the_images() -> None:
@@ -69,3 +76,12 @@ def test_transformers_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         check_network_name(str(tmp_path))
+
+
+def test_a_plain_network_in_channels_last_layout_is_saved_and_stays_so(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
+    before = {name: tensor.stride() for name, tensor in network.state_dict().items()}
+    save_plain(network, tmp_path / "saved")
+    assert {name: tensor.stride() for name, tensor in network.state_dict().items()} == before
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    torch.testing.assert_close(again.state_dict(), network.state_dict())

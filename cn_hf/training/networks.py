@@ -5,6 +5,7 @@ N images, C channels, H and W height and width.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import shutil
@@ -128,6 +129,8 @@ def save_plain(network: nn.Module, folder: str | Path, model_args: Mapping[str, 
             if isinstance(network, transformers.PreTrainedModel):
                 network.save_pretrained(made)
             else:
+                if not all(tensor.is_contiguous() for tensor in network.state_dict().values()):  # channels-last
+                    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
                 timm.models.save_for_hf(network, made, model_args=dict(model_args or {}), safe_serialization=True)
             for file in sorted(Path(made).iterdir()):
                 shutil.move(file, path / file.name)
