@@ -111,7 +111,7 @@ def assign(
 
 
 class Steps(abc.ABC):
-    """The steps of one method; subclasses define ``sums_of`` a chunk, ``update`` and ``settled``.
+    """The steps of one method; subclasses define the E-step, the M-step and when they have settled.
 
     Args:
         shift: ``(F,)``, near the data's mean: sums are taken about it for precision.
