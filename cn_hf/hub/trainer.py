@@ -17,7 +17,7 @@ def register() -> None:
     from transformers.trainer import Trainer
 
     names_of = Trainer.get_decay_parameter_names
-    if hasattr(names_of, "__wrapped__"):
+    if getattr(names_of, "leaves_contexts_out", False):
         return
 
     @functools.wraps(names_of)
@@ -26,4 +26,5 @@ def register() -> None:
         added = tuple(f"{name}." if name else "" for name in layers)
         return [name for name in names_of(self, model) if not name.startswith(added)]
 
+    get_decay_parameter_names.leaves_contexts_out = True  # type: ignore[attr-defined]  # functions take attributes
     Trainer.get_decay_parameter_names = get_decay_parameter_names
