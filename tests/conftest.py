@@ -45,7 +45,7 @@ def start() -> Iterator[Starter]:
 @pytest.fixture
 def device() -> str:
     """Where CUDA kernels run: a GPU, or the CPU in Triton's interpreter."""
-    from triton_cases import INTERPRETED
+    from kernel_cases import INTERPRETED
 
     if INTERPRETED:
         return "cpu"
@@ -57,7 +57,7 @@ def device() -> str:
 @pytest.fixture
 def cuda() -> str:
     """A GPU."""
-    from triton_cases import INTERPRETED
+    from kernel_cases import INTERPRETED
 
     if INTERPRETED or not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

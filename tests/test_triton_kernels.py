@@ -8,19 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import HALF_ULP, INTERPRETED, MAPS, Case, arranged, draw
 from torch import Tensor
-from triton_cases import (
-    HALF_ULP,
-    INTERPRETED,
-    MAPS,
-    Case,
-    Recorder,
-    arranged,
-    draw,
-    run_in_the_interpreter,
-    stack_bytes,
-    triton,
-)
+from triton_cases import Recorder, run_in_the_interpreter, stack_bytes, triton
 
 from cn_hf.errors import InputShapeError
 from cn_hf.norm import triton_kernels

@@ -9,8 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import INTERPRETED, MAPS, Case, draw
+from mixture_cases import (
+    EPS,
+    LAYOUTS,
+    affine,
+    check_mixture,
+    close,
+    combined,
+    laid_out,
+    log_posteriors,
+    mixture,
+    mixture_of,
+    mixture_reference,
+    statistics,
+    vectors_of,
+)
 from torch import Tensor
-from triton_cases import HALF_ULP, INTERPRETED, MAPS, Case, Recorder, draw, run_in_the_interpreter, stack_bytes, triton
+from triton_cases import Recorder, run_in_the_interpreter, stack_bytes, triton
 
 from cn_hf.norm import triton_combination, triton_mixture
 from cn_hf.norm.combination import Combination
@@ -21,68 +37,10 @@ from cn_hf.norm.mixture_kernels import fused_mixture_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-EPS = 1e-3
-LAYOUTS = [
-    "map",
-    "map-7x7",
-    "map-one-channel",
-    "map-one-pixel",
-    "sequence",
-    "vectors",
-    "channels_last",
-    "channels_last-3",
-    "channels_last-197",
-    "map-transposed",
-    "map-strided",
-    "tokens",
-    "tokens-channels-first",
-    "tokens-strided",
-    "tokens-one-feature",
-]
-
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
-
-
-def statistics(case: Case, components: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    features = case.shape[case.feature_dim]
-    mean, var = torch.randn(2, components, features, device=device, dtype=torch.float64)
-    return (mean * 2 / math.sqrt(features) + 0.5).to(dtype), (var.square() + 1).to(dtype)
-
-
-def affine(case: Case, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    weight, bias = torch.randn(2, case.shape[case.feature_dim], device=device, dtype=dtype)
-    return weight, bias
-
-
-def vectors_of(x: Tensor, case: Case) -> Tensor:
-    return x.movedim(case.feature_dim, -1).reshape(-1, x.shape[case.feature_dim])
-
-
-def log_posteriors(vectors: Tensor, mean: Tensor, var: Tensor, prior: Tensor) -> Tensor:
-    """Term for term: no shift, no expanded square."""
-    logs = ((vectors[:, None] - mean).square() / var + var.log()).sum(dim=-1)
-    return (prior.log() - logs / 2).log_softmax(dim=1)
-
-
-def combined(vectors: Tensor, coefficients: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    return (coefficients[..., None] * (vectors[:, None] - mean) / (var + eps).sqrt()).sum(dim=1)
-
-
-def laid_out(vectors: Tensor, like: Tensor, case: Case) -> Tensor:
-    return vectors.reshape(like.movedim(case.feature_dim, -1).shape).movedim(-1, case.feature_dim)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Of the largest result, and a rounding to the dtype, which the interpreter cuts off where a GPU rounds."""
-    assert actual.shape == expected.shape
-    assert not actual.isnan().any(), "values that no program wrote"
-    ulps = HALF_ULP[actual.dtype] * (2 if INTERPRETED and actual.dtype == torch.bfloat16 else 1)
-    error = (actual.double() - expected).abs()
-    allowed = tolerance * expected.abs().amax() + ulps * expected.abs()
-    assert (error <= allowed).all(), f"off by {float((error / allowed).max()):.3g} times the tolerance"
 
 
 # ----------------------------------------------------------------------------------------------------------------- CN+
@@ -92,9 +50,9 @@ def plus(
     x: Tensor, mean: Tensor, var: Tensor, factor: float, rows: tuple[Tensor | None, Tensor | None], case: Case
 ) -> Tensor | None:
     shift = mean.mean(dim=0)
-    densities = Densities.of(mean - shift, var + EPS, shift=torch.zeros_like(shift))
+    densities = Densities.of(mean, var + EPS)
     combination = Combination.of(mean - shift, var, EPS)
-    return triton_combination.combine(x, shift, *densities[1:], *combination, factor, *rows, case.feature_dim)
+    return triton_combination.combine(x, densities, combination, factor, *rows, case.feature_dim)
 
 
 def plus_reference(
@@ -207,93 +165,40 @@ def test_plus_leaves_what_it_does_not_know_to_others() -> None:
 # ------------------------------------------------------------------------------------------------------------------ MN
 
 
-def mixture_of(case: Case, components: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    prior = torch.rand(components, device=device, dtype=dtype) + 0.2
-    return *statistics(case, components, device, dtype), prior / prior.sum()
-
-
-def mixture_reference(
-    x: Tensor, theta: tuple[Tensor, Tensor, Tensor], weight: Tensor, bias: Tensor, case: Case
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors, (mean, var, prior) = vectors_of(x, case), theta
-    log_tau = log_posteriors(vectors, mean, var, prior)
-    share = log_tau.softmax(dim=0)[..., None]
-    mean = (share * vectors[:, None]).sum(dim=0)
-    var = (share * (vectors[:, None] - mean).square()).sum(dim=0)
-    out = combined(vectors, log_tau.exp() / prior.sqrt(), mean, var, EPS)
-    return laid_out(out * weight + bias, x, case), mean, var
-
-
-def mixture(
-    x: Tensor,
-    theta: tuple[Tensor, Tensor, Tensor],
-    rows: tuple[Tensor | None, Tensor | None],
-    case: Case,
-    grads: tuple[Tensor, Tensor | None, Tensor | None],
-) -> tuple[Tensor, ...]:
-    """Output, mean, variance, and gradients by the input, weight and bias."""
-    densities, grad = Densities.of(*theta), grads[0]
-    forward = triton_mixture.mixture_norm(x, *densities, theta[2], EPS, case.feature_dim, *rows)
-    y, mean, var, kept = forward
-    shift, squared, linear, _, reach = densities
-    backward = triton_mixture.mixture_norm_backward(
-        grad, x, var, kept, shift, squared, linear, reach, theta[2], case.feature_dim, rows[0], *grads[1:]
-    )
-    return y, mean, var, *backward
-
-
-def check_mixture(
-    case: Case, components: int, dtype: torch.dtype, device: str, tolerance: float, mean: float = 0.5
-) -> None:
-    x, grad = draw(case, dtype, device, mean)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    moved, var, prior = mixture_of(case, components, device, wide)
-    theta, rows = (moved + (mean - 0.5), var, prior), affine(case, device, wide)
-    others = torch.randn(2, *var.shape, device=device, dtype=wide)
-    actual = mixture(x, theta, rows, case, (grad, *others))
-    assert actual[0].dtype == actual[3].dtype == dtype
-    inputs = [tensor.double().requires_grad_() for tensor in (x, *rows)]
-    known = tuple(tensor.double() for tensor in theta)
-    outputs = mixture_reference(inputs[0], known, *inputs[1:], case)  # type: ignore[arg-type]
-    gradients = torch.autograd.grad(outputs, inputs, (grad.double(), *(other.double() for other in others)))
-    for mine, expected in zip(actual, (*outputs, *gradients), strict=True):
-        close(mine, expected.detach(), tolerance)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_mixture(name: str, device: str) -> None:
-    check_mixture(MAPS[name], 3, torch.float64, device, 1e-10)
+    check_mixture(triton_mixture, MAPS[name], 3, torch.float64, device, 1e-10)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("components", [1, 2, 5, 8])
 def test_mixture_for_numbers_of_components(components: int, device: str) -> None:
-    check_mixture(Case((3, 6, 7, 7), 1), components, torch.float64, device, 1e-10)
+    check_mixture(triton_mixture, Case((3, 6, 7, 7), 1), components, torch.float64, device, 1e-10)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["map", "map-7x7", "channels_last", "tokens"])
 def test_mixture_single_precision(name: str, device: str) -> None:
-    check_mixture(MAPS[name], 3, torch.float32, device, 2e-5)
+    check_mixture(triton_mixture, MAPS[name], 3, torch.float32, device, 2e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_mixture_half_precision(dtype: torch.dtype, device: str) -> None:
-    check_mixture(MAPS["map"], 3, dtype, device, 2e-5)
+    check_mixture(triton_mixture, MAPS["map"], 3, dtype, device, 2e-5)
 
 
 @pytest.mark.gpu
 def test_mixture_of_many_programs(device: str) -> None:
     """More tiles than one program takes, the last of them cut: partial sums are merged, and peaks differ."""
-    check_mixture(Case((5, 2, 40, 41), 1), 3, torch.float64, device, 1e-10)
-    check_mixture(Case((3, 20, 300), -1), 2, torch.float64, device, 1e-10)
+    check_mixture(triton_mixture, Case((5, 2, 40, 41), 1), 3, torch.float64, device, 1e-10)
+    check_mixture(triton_mixture, Case((3, 20, 300), -1), 2, torch.float64, device, 1e-10)
 
 
 @pytest.mark.gpu
 def test_mixture_far_from_zero(device: str) -> None:
-    check_mixture(MAPS["map"], 3, torch.float32, device, 1e-3, mean=1e3)
+    check_mixture(triton_mixture, MAPS["map"], 3, torch.float32, device, 1e-3, mean=1e3)
 
 
 @pytest.mark.gpu
@@ -304,7 +209,7 @@ def test_mixture_with_a_far_component(device: str) -> None:
     mean, var, prior = mixture_of(case, 3, device, torch.float32)
     mean[2] += 200
     theta, ones = (mean, var, prior), torch.ones(mean.shape[1], device=device)
-    actual = mixture(x, theta, (None, None), case, (grad, None, None))
+    actual = mixture(triton_mixture, x, theta, (None, None), case, (grad, None, None))
     assert all(part.isfinite().all() for part in actual)
     known = tuple(tensor.double() for tensor in theta)
     expected = mixture_reference(x.double(), known, ones.double(), 0 * ones, case)  # type: ignore[arg-type]
@@ -317,7 +222,7 @@ def test_mixture_twice_is_equal_and_shares_nothing(device: str) -> None:
     case = MAPS["channels_last"]
     x, grad = draw(case, torch.float32, device)
     theta, rows = mixture_of(case, 3, device, torch.float32), affine(case, device)
-    first, second = (mixture(x, theta, rows, case, (grad, None, None)) for _ in "ab")
+    first, second = (mixture(triton_mixture, x, theta, rows, case, (grad, None, None)) for _ in "ab")
     assert all(map(torch.equal, first, second))
     storages = [part.untyped_storage().data_ptr() for part in (x, grad, *first)]
     assert len(set(storages)) == len(storages)
@@ -338,7 +243,7 @@ def test_the_differentiable_function(affine: bool, device: str) -> None:
     theta = torch.randn(3, 5, device=device).double(), torch.rand(3, 5, device=device).double() + 0.5
     prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, device=device)
     weight, bias = rows or (None, None)
-    out, mean, var = fused_mixture_norm(x, weight, bias, *theta, prior, EPS, 1)
+    out, mean, var = fused_mixture_norm(x, weight, bias, Densities.of(*theta, prior), prior, EPS, 1)
     mixture = Mixture(*theta, prior, prior.new_zeros(()), 0)
     with use_kernels("reference"):
         expected, statistics = mixture_norm(x, mixture, eps=EPS, feature_dim=1, weight=weight, bias=bias)
@@ -419,11 +324,12 @@ def test_compiled(capability: int, dtype: torch.dtype, monkeypatch: pytest.Monke
     def run(x: Tensor, feature_dim: int, contexts: int, components: int) -> None:
         features = x.shape[feature_dim]
         row, table = empty(features), empty(features, contexts)
-        sums = table, table, empty(contexts), empty()
-        triton_combination.combine(x, row, *sums, row, row, table.T, table.T, 1.0, row, row, feature_dim)
+        densities = Densities(row, table, table, empty(contexts), empty())
+        triton_combination.combine(x, densities, Combination(row, row, table.T, table.T), 1.0, row, row, feature_dim)
         table, prior = empty(features, components), empty(components)
-        forward = triton_mixture.mixture_norm(x, row, table, table, prior, empty(), prior, EPS, feature_dim, row, row)
-        triton_mixture.mixture_norm_backward(x, x, *forward[2:], row, table, table, empty(), prior, feature_dim, row)
+        densities = Densities(row, table, table, prior, empty())
+        forward = triton_mixture.mixture_norm(x, densities, prior, EPS, feature_dim, row, row)
+        triton_mixture.mixture_norm_backward(x, x, *forward[2:], densities, prior, feature_dim, row)
 
     x = torch.empty(256, 64, 56, 56, dtype=dtype, device="meta")
     run(x, 1, 20, 3)

@@ -1,4 +1,4 @@
-"""All components at once: what CN+ (Eq. 9) and MN (Eqs. 5-7) share, and how a large input is walked through in pieces.
+"""All components at once: what CN+ (Eq. 9) and MN (Eqs. 5-7) share, in operators that torch differentiates.
 
 Shape legend: ``N`` samples, ``L`` positions of a sample, ``C`` features, ``K`` components, ``M`` feature vectors.
 """
@@ -6,7 +6,7 @@ Shape legend: ``N`` samples, ``L`` positions of a sample, ``C`` features, ``K`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cn_hf.norm.em import (
+    Densities,
     SumOverProcesses,
     along_features,
     data_shift,
@@ -22,10 +23,15 @@ from cn_hf.norm.em import (
     reduce_over_processes,
 )
 
-__all__ = ["Combination", "component_statistics", "component_statistics_of_pieces", "mixture", "pieces"]
-
-_PIECE = {"cpu": 2**18}  # numbers of a piece, and of its posteriors: what stays in a core's cache
-_LARGE_PIECE = 2**26  # elsewhere, where small ones would be launches only
+__all__ = [
+    "Combination",
+    "affine",
+    "combine",
+    "component_statistics",
+    "component_statistics_of_pieces",
+    "mixture",
+    "weighted_sum",
+]
 
 
 def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = False) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,9 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     return _moments(SumOverProcesses.apply(*sums) if distributed else sums, shift)
 
 
-def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:
+def component_statistics_of_pieces(
+    parts: Iterable[tuple[Tensor, Tensor]], shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
 
     Args:
@@ -60,7 +68,7 @@ def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift
         shift: ``(C,)``, near the mean of all vectors.
 
     Returns:
-        mean ``(K, C)`` and biased variance ``(K, C)``.
+        mean ``(K, C)``, biased variance ``(K, C)``, and the logarithm of each component's sum of posteriors ``(K,)``.
     """
     peak: Tensor | None = None
     sums: tuple[Tensor, ...] = ()
@@ -72,7 +80,9 @@ def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]], shift
             kept = (before - peak).exp()[:, None]
             own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
         sums = own
-    return _moments(sums, shift)
+    if peak is None:
+        raise ValueError("There must be a piece, received none.")
+    return *_moments(sums, shift), peak + sums[0][:, 0].log()
 
 
 def _moments(sums: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +97,7 @@ def _weighted_sums(x: Tensor, log_tau: Tensor, peak: Tensor, shift: Tensor) -> t
     weight = (log_tau - along_features(peak, log_tau)).exp()
     centered = x - along_features(shift, x)
     total = weight.sum(_vectors_of(weight))[:, None]
-    return total, _weighted_sum(weight, centered), _weighted_sum(weight, centered.square())
+    return total, weighted_sum(weight, centered), weighted_sum(weight, centered.square())
 
 
 def _vectors_of(x: Tensor) -> tuple[int, ...]:
@@ -95,7 +105,7 @@ def _vectors_of(x: Tensor) -> tuple[int, ...]:
     return (0,) if x.dim() == 2 else (0, 2)
 
 
-def _weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
+def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
     """``(K, C)`` of weights ``(M, K)`` and vectors ``(M, C)``, or of ``(N, K, L)`` and ``(N, C, L)``."""
     if x.dim() == 2:
         return weight.T @ x
@@ -148,13 +158,57 @@ def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: f
         return Combination.of(mean, var, eps).apply(x, coefficient)
 
 
-def pieces(x: Tensor, num_components: int, feature_dim: int) -> Iterator[tuple[slice, ...]]:
-    """Where a piece after another lies in ``(N, C, L)`` or ``(N, L, C)``, each small with all its posteriors."""
-    samples, features = x.shape[0], x.shape[feature_dim]
-    positions = x.numel() // max(1, samples * features)
-    size = max(1, _PIECE.get(x.device.type, _LARGE_PIECE) // max(1, features, num_components))
-    step = max(1, size // max(1, positions))
-    for sample in range(0, samples, step):
-        for position in range(0, positions, size):
-            within = slice(position, position + size)
-            yield slice(sample, sample + step), *((slice(None), within) if feature_dim == 1 else (within,))
+def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
+    """All feature vectors of ``x`` as ``(M, C)``."""
+    return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``x * weight + bias`` of vectors ``(M, C)`` or maps ``(N, C, L)``, each ``(C,)`` where there is one."""
+    x = x if weight is None else x * along_features(weight, x)
+    return x if bias is None else x + along_features(bias, x)
+
+
+def _restored(vectors: Tensor, like: Tensor, feature_dim: int) -> Tensor:
+    """Vectors ``(M, C)`` in the shape, dtype and storage order of the input they come from."""
+    shape = like.movedim(feature_dim, -1).shape
+    out = vectors.to(like.dtype).reshape(shape).movedim(-1, feature_dim)
+    if feature_dim == 1 and like.is_contiguous() and not torch.compiler.is_compiling():
+        out = out.contiguous()
+    return out
+
+
+def combine(
+    x: Tensor,
+    densities: Densities,
+    factor: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    *,
+    eps: float,
+    feature_dim: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    distributed: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """All components of every vector, weighted by its posteriors times a factor; torch differentiates it.
+
+    Args:
+        x: ``(N, C, ...)`` or ``(N, ..., C)``.
+        densities: of the components, with their priors.
+        factor: ``(K,)`` or ``()``.
+        statistics: mean and variance of each component about the shift of the densities, ``(K, C)`` each; None: those
+            of the batch.
+        eps: added to the variances under the root.
+        feature_dim: 1 or -1.
+        weight: optional affine scale ``(C,)``.
+        bias: optional affine offset ``(C,)``.
+        distributed: the batch is that of all processes.
+
+    Returns:
+        The output, of the shape and dtype of ``x``, and the statistics.
+    """
+    vectors = _feature_vectors(x, feature_dim).to(densities.shift.dtype) - densities.shift
+    log_tau = densities.log(vectors).log_softmax(dim=1)
+    used = component_statistics(vectors, log_tau, distributed=distributed) if statistics is None else statistics
+    combined = affine(mixture(vectors, log_tau.exp() * factor, *used, eps=eps), weight, bias)
+    return _restored(combined, x, feature_dim), used

@@ -72,7 +72,8 @@ def plus_product(added: Tensor, x: Tensor, table: Tensor) -> Tensor:
     """
     if x.dim() == 2:
         return torch.addmm(added, x, table)
-    return torch.baddbmm(along_features(added, x), table.T.expand(len(x), -1, -1), x)
+    # Not baddbmm, which starts its sums at what is added: a large constant would cost them digits.
+    return torch.bmm(table.T.expand(len(x), -1, -1), x).add_(along_features(added, x))
 
 
 def along_features(row: Tensor, x: Tensor) -> Tensor:

@@ -14,39 +14,36 @@ of ``x``.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from cn_hf.norm import formulas, kernels
+from cn_hf.norm import formulas, kernels, pieces
 from cn_hf.norm.choices import check_choice
 from cn_hf.norm.combination import (
     Combination,
+    combine,
     component_statistics,
-    component_statistics_of_pieces,
     mixture,
-    pieces,
 )
 from cn_hf.norm.em import (
     Densities,
     Mixture,
     MixtureStatistics,
-    along_features,
     fit_mixture,
     full_precision,
     gaussian_log_density,
     kmeans_plusplus,
-    log_posteriors,
     mixture_statistics,
     mixture_update,
     posteriors,
     seed_mixture,
     statistics_dtype,
 )
-from cn_hf.norm.mixture_kernels import fused_mixture_norm, has_mixture_kernels
+from cn_hf.norm.mixture_kernels import fused_mixture_norm
 
 __all__ = [
     "Mixture",
@@ -86,8 +83,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    # A compiler fuses torch's own operators with their neighbours.
-    if torch.compiler.is_compiling() or _looked_into(x, center, scale, offset):
+    if _seen(x, center, scale, offset):
         return formulas.shift_scale(x, center, scale, offset, feature_dim)
     return kernels.shift_scale(x, center, scale, offset, feature_dim)
 
@@ -117,6 +113,11 @@ def norm_shift_scale(
     if not opaque:
         return formulas.composed(x, center, scale, offset, eps, centered)
     return kernels.norm_shift_scale(x, center, scale, offset, eps, centered)
+
+
+def _seen(*tensors: Tensor | None) -> bool:
+    """Whether a compiler is to fuse torch's own operators, or others must see them."""
+    return torch.compiler.is_compiling() or _looked_into(*tensors)
 
 
 def _looked_into(*tensors: Tensor | None) -> bool:
@@ -218,25 +219,6 @@ def normalize_rows(
     return out.movedim(-1, feature_dim)
 
 
-def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
-    """All feature vectors of ``x`` as ``(M, C)``."""
-    return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
-
-
-def _affine(vectors: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    vectors = vectors if weight is None else vectors * along_features(weight, vectors)
-    return vectors if bias is None else vectors + along_features(bias, vectors)
-
-
-def _restore(vectors: Tensor, like: Tensor, feature_dim: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    vectors = _affine(vectors, weight, bias)
-    shape = like.movedim(feature_dim, -1).shape
-    out = vectors.to(like.dtype).reshape(shape).movedim(-1, feature_dim)
-    if feature_dim == 1 and like.is_contiguous() and not torch.compiler.is_compiling():
-        out = out.contiguous()
-    return out
-
-
 def context_norm_plus(
     x: Tensor,
     mean: Tensor,
@@ -282,79 +264,25 @@ def context_norm_plus(
         )  # fmt: skip
         return out.movedim(1, feature_dim)
     dtype = statistics_dtype(x, mean, var)
-    factor = math.sqrt(mean.shape[0]) if plus_scale == "sqrt_t" else 1.0
     with full_precision(x.device):
         mean, var = mean.to(dtype), var.to(dtype)
-        shift = mean.mean(dim=0)  # before anything is rounded: results do not depend on it, their digits do
-        mean = mean - shift
-        densities = Densities.of(mean, var + eps, shift=torch.zeros_like(shift))
-        if (
-            torch.compiler.is_compiling()
-            or _looked_into(x, mean, var)
-            or _is_differentiated(x, mean, var, weight, bias)
-            or x.numel() == 0
-        ):
-            vectors = _feature_vectors(x, feature_dim).to(dtype) - shift
-            log_tau = densities.log(vectors).log_softmax(dim=1)
-            statistics = component_statistics(vectors, log_tau) if plus_stats == "batch" else (mean, var)
-            combined = Combination.of(*statistics, eps).apply(vectors, log_tau.exp() * factor)
-            return _restore(combined, x, feature_dim, weight, bias)
-        return _in_pieces(x, densities, (mean, var), shift, eps, factor, plus_stats, feature_dim, weight, bias)
+        densities = Densities.of(mean, var + eps)
+        mean = mean - densities.shift  # before anything is rounded: results do not depend on it, their digits do
+        factor = math.sqrt(len(mean)) if plus_scale == "sqrt_t" else 1.0
+        options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
+        seen = _seen(x, mean, var) or _differentiated(x, mean, var, weight, bias) or x.numel() == 0
+        if plus_stats == "learned" and not seen and kernels.on_gpu(x, mean, weight, bias):
+            from cn_hf.norm import triton_combination
+
+            combination = Combination.of(mean, var, eps)
+            done = triton_combination.combine(x, densities, combination, factor, weight, bias, feature_dim)
+            if done is not None:  # not too many contexts
+                return done
+        given = (mean, var) if plus_stats == "learned" else None
+        return (combine if seen else pieces.combine)(x, densities, mean.new_full((), factor), given, **options)[0]
 
 
-def _in_pieces(
-    x: Tensor,
-    densities: Densities,
-    statistics: tuple[Tensor, Tensor],
-    shift: Tensor,
-    eps: float,
-    factor: float,
-    plus_stats: str,
-    feature_dim: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """CN+ without gradients: a piece after the other, as it lies in memory, while all of it is in the cache."""
-    if plus_stats == "learned" and kernels.on_gpu(x, *statistics, weight, bias):
-        from cn_hf.norm import triton_combination
-
-        combination = Combination.of(*statistics, eps)
-        done = triton_combination.combine(x, shift, *densities[1:], *combination, factor, weight, bias, feature_dim)
-        if done is not None:  # not too many contexts
-            return done
-    source, axis = _in_order(x, feature_dim)
-    cuts = [*pieces(source, len(densities.constant), axis)]
-
-    def centered(cut: tuple[slice, ...]) -> Tensor:
-        part = source[cut].to(shift.dtype)
-        part = part if axis == 1 else part.flatten(0, 1)
-        return part - along_features(shift, part)
-
-    log_taus: list[Tensor] = []
-    if plus_stats == "batch":
-        log_taus = [densities.log(centered(cut)).log_softmax(dim=1) for cut in cuts]
-        middle = source.mean((0, -axis), dtype=shift.dtype) - shift
-        statistics = component_statistics_of_pieces(zip(map(centered, cuts), log_taus, strict=True), middle)
-    combination = Combination.of(*statistics, eps)
-    out = torch.empty_like(source, memory_format=torch.contiguous_format)
-    for number, cut in enumerate(cuts):
-        vectors = centered(cut)
-        tau = log_taus[number].exp() if log_taus else densities.log(vectors).softmax(dim=1)
-        out[cut] = _affine(combination.apply(vectors, tau * factor), weight, bias).view_as(out[cut])
-    maps = x.movedim(feature_dim, 1)
-    moved = maps if axis == 1 else maps.movedim(1, -1)
-    return out.view(moved.shape).movedim(axis, feature_dim)
-
-
-def _in_order(x: Tensor, feature_dim: int) -> tuple[Tensor, int]:
-    """``(N, C, L)`` and 1 where positions lie together in memory, else ``(N, L, C)`` and -1."""
-    maps = x.movedim(feature_dim, 1)
-    if maps.is_contiguous() and maps[0, 0].numel() > 1:
-        return maps.flatten(2), 1
-    return maps.movedim(1, -1).reshape(len(x), -1, maps.shape[1]), -1
-
-
-def _is_differentiated(*tensors: Tensor | None) -> bool:
+def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -393,20 +321,19 @@ def mixture_norm(
         return out.movedim(1, feature_dim), used
     dtype = statistics_dtype(x, theta.mean)
     with full_precision(x.device):
-        on_batch = statistics is None and not distributed
-        if (
-            on_batch
-            and not _looked_into(x, weight, bias)
-            and kernels.on_gpu(x, *theta[:3], weight, bias)
-            and has_mixture_kernels(x, len(theta.mean), feature_dim)
-        ):
-            given = theta.mean.detach().to(dtype), theta.var.detach().to(dtype), theta.prior.detach().to(dtype)
-            out, mean, var = fused_mixture_norm(x, weight, bias, *given, eps, feature_dim)
+        mean, var, prior = (part.detach().to(dtype) for part in theta[:3])
+        densities = Densities.of(mean, var, prior)
+        seen = _seen(x, weight, bias) or kernels.reference() or distributed or x.numel() == 0
+        if statistics is None and not seen:
+            out, mean, var = fused_mixture_norm(x, weight, bias, densities, prior, eps, feature_dim)
             return out, (mean, var)
-        vectors = _feature_vectors(x, feature_dim).to(dtype)
-        log_tau = log_posteriors(vectors, theta.mean.detach(), theta.var.detach(), theta.prior.detach())
+        options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
+        compute: Any = pieces.combine
+        if seen or _differentiated(x, weight, bias):
+            compute, options["distributed"] = combine, distributed
         if statistics is None:
-            statistics = component_statistics(vectors, log_tau, distributed=distributed)
-        mean, var = (statistic.to(dtype) for statistic in statistics)
-        coefficient = log_tau.exp() * theta.prior.detach().to(dtype).rsqrt()
-        return _restore(mixture(vectors, coefficient, mean, var, eps=eps), x, feature_dim, weight, bias), (mean, var)
+            out, (center, var) = compute(x, densities, prior.rsqrt(), None, **options)
+            return out, (center + densities.shift, var)
+        mean, var = (part.to(dtype) for part in statistics)
+        out, _ = compute(x, densities, prior.rsqrt(), (mean - densities.shift, var), **options)
+        return out, (mean, var)

@@ -35,7 +35,7 @@ from cn_hf.errors import ConfigError, InputShapeError, nearest
 from cn_hf.norm import cpu_kernels, formulas, native
 from cn_hf.norm.formulas import Gradients
 
-__all__ = ["describe", "fused", "norm_shift_scale", "on_gpu", "shift_scale", "use_kernels"]
+__all__ = ["describe", "fused", "norm_shift_scale", "on_gpu", "reference", "shift_scale", "use_kernels"]
 
 CHOICES = ("auto", "reference")
 
@@ -71,9 +71,14 @@ def use_kernels(name: str) -> Iterator[None]:
         _choice.pop()
 
 
+def reference() -> bool:
+    """Whether torch's own operators have been chosen."""
+    return _choice[-1] == "reference"
+
+
 def fused(device_type: str, dtype: torch.dtype) -> bool:
     """Whether there are kernels of our own for ``x`` on such a device and of such a dtype."""
-    if _choice[-1] == "reference":
+    if reference():
         return False
     if device_type == "cpu":
         return dtype in native.DTYPES and native.library() is not None

@@ -1,58 +1,56 @@
-"""Mixture normalization in training by the kernels of ``triton_mixture``, as one differentiable function, on CUDA.
+"""Mixture normalization in training as one differentiable function: by ``triton_mixture`` on CUDA, else by ``pieces``.
 
 Shape legend: as in ``functional``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cn_hf.norm import kernels
+from cn_hf.norm import kernels, pieces
+from cn_hf.norm.combination import combine
 from cn_hf.norm.em import Densities
 
-__all__ = ["fused_mixture_norm", "has_mixture_kernels"]
-
-
-def has_mixture_kernels(x: Tensor, num_components: int, feature_dim: int) -> bool:
-    """Whether ``fused_mixture_norm`` knows such an input."""
-    if torch.compiler.is_compiling() or not kernels.on_gpu(x):
-        return False
-    from cn_hf.norm import triton_mixture
-
-    return triton_mixture.handles_mixture_norm(x, num_components, feature_dim)
+__all__ = ["fused_mixture_norm"]
 
 
 def fused_mixture_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    densities: Densities,
     prior: Tensor,
     eps: float,
     feature_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``functional.mixture_norm`` computes from a batch's own statistics; cannot be differentiated twice.
+    """What ``functional.mixture_norm`` computes from a batch's own statistics.
 
     Args:
-        x: ``(N, C, ...)`` or ``(N, ..., C)``.
+        x: ``(N, C, ...)`` or ``(N, ..., C)``, not empty.
         weight: affine scale ``(C,)``, or None.
         bias: affine offset ``(C,)``, or None.
-        mean: of the mixture, ``(K, C)``, without gradient, as the next two.
-        var: ``(K, C)``.
-        prior: ``(K,)``.
+        densities: of the mixture, with its priors, without gradient.
+        prior: ``(K,)``, likewise.
         eps: added to the batch's variances under the root.
         feature_dim: 1 or -1.
 
     Returns:
         The output, and the mean and variance of each component over the batch, ``(K, C)``.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _MixtureNorm.apply(
-        x, weight, bias, Densities.of(mean, var, prior), prior, eps, feature_dim
-    )
+    out: tuple[Tensor, Tensor, Tensor] = _MixtureNorm.apply(x, weight, bias, densities, prior, eps, feature_dim)
     return out
+
+
+def _module_for(x: Tensor, weight: Tensor | None, prior: Tensor, feature_dim: int) -> Any:
+    if kernels.on_gpu(x, weight, prior):
+        from cn_hf.norm import triton_mixture
+
+        if triton_mixture.handles_mixture_norm(x, len(prior), feature_dim):
+            return triton_mixture
+    return pieces
 
 
 class _MixtureNorm(torch.autograd.Function):
@@ -67,24 +65,29 @@ class _MixtureNorm(torch.autograd.Function):
         eps: float,
         feature_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from cn_hf.norm import triton_mixture
-
-        out, mean, var, kept = triton_mixture.mixture_norm(x, *densities, prior, eps, feature_dim, weight, bias)
-        ctx.save_for_backward(x, weight, var, prior, *kept, *densities)
-        ctx.feature_dim, ctx.has_bias = feature_dim, bias is not None
-        ctx.set_materialize_grads(False)
-        return out, mean, var
+        ctx.module = _module_for(x, weight, prior, feature_dim)
+        out, *statistics, kept = ctx.module.mixture_norm(x, densities, prior, eps, feature_dim, weight, bias)
+        ctx.save_for_backward(x, weight, bias, prior, statistics[1], *densities, *kept)
+        ctx.eps, ctx.feature_dim = eps, feature_dim
+        return out, *statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, grad_mean, grad_var):  # type: ignore[no-untyped-def]  # torch's untyped protocol
-        from cn_hf.norm import triton_mixture
-
-        x, weight, var, prior, *others = ctx.saved_tensors
-        number = len(triton_mixture.MixtureKept._fields)
-        kept, (shift, squared, linear, _, reach) = triton_mixture.MixtureKept(*others[:number]), others[number:]
-        by_x, by_weight, by_bias = triton_mixture.mixture_norm_backward(
-            torch.zeros_like(x) if grad is None else grad, x, var, kept, shift, squared, linear, reach, prior,
-            ctx.feature_dim, weight, grad_mean, grad_var,
-        )  # fmt: skip
-        return by_x, None if weight is None else by_weight, by_bias if ctx.has_bias else None, None, None, None, None
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        x, weight, bias, prior, var, *others = ctx.saved_tensors
+        number = len(Densities._fields)
+        densities, kept = Densities(*others[:number]), pieces.MixtureKept(*others[number:])
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            out, (center, var) = combine(
+                x, densities, prior.rsqrt(), None, eps=ctx.eps, feature_dim=ctx.feature_dim, weight=weight, bias=bias
+            )
+            outputs = out, center + densities.shift, var
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            needed = [tensor for tensor, need in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if need]
+            of, along = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(of, needed, along, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None, None
+        by_x, by_weight, by_bias = ctx.module.mixture_norm_backward(
+            grads[0], x, var, kept, densities, prior, ctx.feature_dim, weight, *grads[1:]
+        )
+        by_weight, by_bias = None if weight is None else by_weight, None if bias is None else by_bias
+        return by_x, by_weight, by_bias, None, None, None, None

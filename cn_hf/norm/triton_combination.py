@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cn_hf.norm.combination import Combination
+from cn_hf.norm.em import Densities
 from cn_hf.norm.triton_kernels import _aligned, _on_device_of, _sizes, _stored
 
 __all__ = ["combine"]
@@ -169,15 +171,8 @@ def _combine_launch(samples: int, features: int, length: int, components: int, l
 
 def combine(
     x: Tensor,
-    shift: Tensor,
-    squared: Tensor,
-    linear: Tensor,
-    constant: Tensor,
-    reach: Tensor,
-    center: Tensor,
-    shared: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
+    densities: Densities,
+    combination: Combination,
     factor: float,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -189,15 +184,8 @@ def combine(
 
     Args:
         x: ``(N, C, ...)`` or ``(N, ..., C)``, float32, bfloat16 or float16, of any strides.
-        shift: ``(C,)``, subtracted from every vector before all that follows; this and all below float32.
-        squared: ``(C, K)``, as ``em.Densities`` has it of vectors reduced by ``shift``.
-        linear: ``(C, K)``, likewise.
-        constant: ``(K,)``, likewise.
-        reach: ``()``, likewise.
-        center: ``(C,)``, the shift of ``combination.Combination`` of the reduced vectors.
-        shared: ``(C,)``, as ``combination.Combination`` has it.
-        scales: ``(K, C)``, likewise.
-        offsets: ``(K, C)``, likewise.
+        densities: of the contexts, float32, as all that follows.
+        combination: of their statistics about the shift of the densities.
         factor: every posterior is multiplied by it.
         weight: affine scale ``(C,)``, or None.
         bias: affine offset ``(C,)``, or None.
@@ -210,6 +198,8 @@ def combine(
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
+    shift, squared, linear, constant, reach = densities
+    center, shared, scales, offsets = combination
     features, components = squared.shape
     if components > _MOST_CONTEXTS or x.dtype not in _DTYPES or squared.dtype != torch.float32:
         return None

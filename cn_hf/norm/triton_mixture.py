@@ -38,9 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cn_hf.norm.em import Densities
+from cn_hf.norm.pieces import MixtureKept
 from cn_hf.norm.triton_kernels import _aligned, _on_device_of, _sizes, _stages, _stored
 
-__all__ = ["MixtureKept", "handles_mixture_norm", "mixture_norm", "mixture_norm_backward"]
+__all__ = ["handles_mixture_norm", "mixture_norm", "mixture_norm_backward"]
 
 _MOST_COMPONENTS, _MOST_FEATURES = 8, 2048  # whose sums fit the registers, and whose code compiles in seconds
 _MOST_VECTORS = 2**30
@@ -372,19 +374,6 @@ def _tiles(samples: int, features: int, length: int, components: int, in_rows: b
     return _Tiles(triton.cdiv(in_all, tiles), tiles, in_all, block_p * block_c, sizes, warps)
 
 
-class MixtureKept(NamedTuple):
-    """What backward needs of forward beside its inputs, in the dtype of the statistics.
-
-    ``log_tau`` ``(K, M)``; ``log_total`` ``(K,)``, the logarithm of the sum of posteriors over the batch; ``center``
-    ``(K, C)``, each component's mean less the shift of the densities; ``rstd`` ``(K, C)``, one over its deviation.
-    """
-
-    log_tau: Tensor
-    log_total: Tensor
-    center: Tensor
-    rstd: Tensor
-
-
 def handles_mixture_norm(x: Tensor, num_components: int, feature_dim: int) -> bool:
     """Whether ``mixture_norm`` is for such an ``x``: up to 8 components, 2048 features, 2**30 vectors, and not none."""
     features = x.shape[feature_dim]
@@ -394,11 +383,7 @@ def handles_mixture_norm(x: Tensor, num_components: int, feature_dim: int) -> bo
 
 def mixture_norm(
     x: Tensor,
-    shift: Tensor,
-    squared: Tensor,
-    linear: Tensor,
-    constant: Tensor,
-    reach: Tensor,
+    densities: Densities,
     prior: Tensor,
     eps: float,
     feature_dim: int,
@@ -411,11 +396,7 @@ def mixture_norm(
 
     Args:
         x: ``(N, C, ...)`` or ``(N, ..., C)``, floating point, of any strides.
-        shift: ``(C,)``, of ``em.Densities``, about which the others are; float32, or float64 where ``x`` is, as all.
-        squared: ``(C, K)``, of ``em.Densities``.
-        linear: ``(C, K)``, of ``em.Densities``.
-        constant: ``(K,)``, of ``em.Densities`` with the priors.
-        reach: ``()``, of ``em.Densities``.
+        densities: of the mixture, with its priors; float32, or float64 where ``x`` is, as all that follows.
         prior: ``(K,)``.
         eps: added to the variances under the root.
         feature_dim: 1 or -1.
@@ -429,6 +410,7 @@ def mixture_norm(
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
+    shift, squared, linear, constant, reach = densities
     features, components = squared.shape
     x, in_rows = _stored(x, feature_dim)
     samples, _, length = _sizes(x, feature_dim)
@@ -466,10 +448,7 @@ def mixture_norm_backward(
     x: Tensor,
     var: Tensor,
     kept: MixtureKept,
-    shift: Tensor,
-    squared: Tensor,
-    linear: Tensor,
-    reach: Tensor,
+    densities: Densities,
     prior: Tensor,
     feature_dim: int,
     weight: Tensor | None,
@@ -483,10 +462,7 @@ def mixture_norm_backward(
         x: the input of forward, as are the others up to ``weight``.
         var: ``(K, C)``, as forward has returned it.
         kept: likewise.
-        shift: ``(C,)``.
-        squared: ``(C, K)``.
-        linear: ``(C, K)``.
-        reach: ``()``.
+        densities: likewise.
         prior: ``(K,)``.
         feature_dim: 1 or -1.
         weight: ``(C,)``, or None.
@@ -494,8 +470,9 @@ def mixture_norm_backward(
         grad_var: of its variance ``(K, C)``, or None.
 
     Returns:
-        The gradient of ``x`` in its dtype, then those of ``weight`` and ``bias`` ``(C,)`` in the dtype of ``shift``.
+        The gradient of ``x`` in its dtype, those of ``weight`` and ``bias`` ``(C,)`` in the dtype of the densities.
     """
+    shift, squared, linear, _, reach = densities
     features, components = squared.shape
     x, in_rows = _stored(x, feature_dim)
     maps = grad if feature_dim == 1 else grad.movedim(-1, 1)
