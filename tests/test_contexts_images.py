@@ -99,6 +99,15 @@ def test_every_mode_of_eight_or_sixteen_bits_is_converted(mode):
     assert np.abs(array[..., 0].astype(int) - reference).max() <= (0 if mode.startswith("I") else 1)
 
 
+def test_sixteen_bits_are_scaled_whatever_else_is_in_the_image():
+    dark = np.full((2, 2), 200, dtype=np.uint16)
+    bright = dark.copy()
+    bright[0, 0] = 60000
+    for image in (dark, bright):
+        assert to_array(PIL.Image.fromarray(image), "L")[1, 1, 0] == 0  # of 257 levels, none
+    assert to_array(PIL.Image.fromarray(dark.astype(np.int32)), "L")[1, 1, 0] == 200  # of a wider type: 8 bits
+
+
 def test_float_images_and_wide_integers_are_refused_with_their_row():
     wide = PIL.Image.fromarray(np.full((4, 4), 70000, dtype=np.int32))
     floats = PIL.Image.fromarray(np.zeros((4, 4), dtype=np.float32))

@@ -261,6 +261,25 @@ def test_evaluation_pairs_are_fixed_and_even() -> None:
         evaluation_pairs(torch.arange(5))
 
 
+@pytest.mark.parametrize("most_images", [512, 3])
+def test_evaluation_pairs_of_more_images_than_can_be_listed(monkeypatch: pytest.MonkeyPatch, most_images: int) -> None:
+    identities = torch.arange(300) % 20
+    everything = evaluation_pairs(identities, most=10**6)
+    monkeypatch.setattr("cn_hf.evaluation.verification._MOST_PAIRS", 2000)
+    monkeypatch.setattr("cn_hf.evaluation.verification._MOST_IMAGES", most_images)
+    pairs = evaluation_pairs(identities, most=50)
+    assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs) == 100
+    assert {tuple(pair) for pair in pairs.tolist()} <= {(a, b) for a in range(300) for b in range(a + 1, 300)}
+    assert (identities[pairs[:, 0]] == identities[pairs[:, 1]]).tolist() == [True] * 50 + [False] * 50
+    assert torch.equal(pairs, evaluation_pairs(identities, most=50))
+    assert int((identities[everything[:, 0]] == identities[everything[:, 1]]).sum()) == 20 * 15 * 14 // 2
+
+
+def test_perfect_accuracy_is_not_certain() -> None:
+    found = verify(torch.tensor([0.0, 0.1, 2.0, 3.0]), torch.tensor([False, False, True, True]), 1.0)
+    assert (found.accuracy, found.accuracy_error) == (1.0, pytest.approx((5 / 6 * 1 / 6 / 4) ** 0.5))
+
+
 def test_distances_and_groups_by_context() -> None:
     outputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     pairs = evaluation_pairs(IDENTITIES)

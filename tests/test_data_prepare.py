@@ -277,6 +277,45 @@ def test_plain_integer_labels() -> None:
         prepare_data(splits, batch_size=8)
 
 
+@pytest.mark.parametrize("budget", [2**30, 0], ids=["held", "streamed"])
+@pytest.mark.parametrize(("value", "message"), [(None, "row 3 has no 'context_ids'"), (-1, "'context_ids' -1")])
+def test_contexts_that_are_none(budget: int, value: int | None, message: str) -> None:
+    train = make_splits()["train"]
+    ids: list[int | None] = [0] * len(train)
+    ids[3] = value
+    train = train.add_column("context_ids", ids)
+
+    def read() -> None:
+        options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "memory_budget_bytes": budget}
+        together(prepare_data(DatasetDict(train=train), batch_size=8, **options).train)
+
+    with pytest.raises(DatasetError, match=message):
+        read()
+
+
+@pytest.mark.parametrize("budget", [2**30, 0], ids=["held", "streamed"])
+def test_contexts_that_are_no_integers(budget: int) -> None:
+    train = make_splits()["train"]
+    fractions = train.add_column("context_ids", [0.7] * len(train))
+    with pytest.raises(DatasetError, match=r"'context_ids' holds (float64|double), not integers"):
+        prepare_data(DatasetDict(train=fractions), batch_size=8, memory_budget_bytes=budget)
+    flags = train.add_column("context_ids", [i % 2 == 1 for i in range(len(train))])
+    data = prepare_data(DatasetDict(train=flags), batch_size=8, memory_budget_bytes=budget)
+    assert set(together(data.train)["context_ids"].tolist()) == {0, 1}
+
+
+def test_splits_that_number_their_contexts_differently() -> None:
+    def contexts(*names: str) -> Dataset:
+        split = make_split(4, 0)
+        return split.add_column("context_ids", [0, 1, 0, 1]).cast_column("context_ids", ClassLabel(names=list(names)))
+
+    splits = DatasetDict(train=contexts("day", "night"), test=contexts("night", "day"))
+    with pytest.raises(DatasetError, match=r"'train' and 'test' number their contexts differently.*'night', 'day'"):
+        prepare_data(splits, batch_size=4)
+    splits["test"] = contexts("day", "night")
+    assert prepare_data(splits, batch_size=4).context_names == ("day", "night")
+
+
 def test_splits_that_disagree() -> None:
     splits = make_splits()
     splits["test"] = make_split(11, 2, classes=4)

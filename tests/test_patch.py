@@ -257,11 +257,13 @@ def test_context_parameters_are_those_that_were_added() -> None:
     assert sum(p.numel() for p in cn_hf.context_parameters(table)) == 5 * 2 * 4 * 24
 
 
-def test_added_parameters_get_no_weight_decay_from_timms_optimizers() -> None:
-    model = cn_hf.patch_model(vit())
+@pytest.mark.parametrize("mode", ["cn-patches", "dsbn"])
+def test_added_parameters_get_no_weight_decay_from_timms_optimizers(mode: str) -> None:
+    model = cn_hf.patch_model(vit() if mode == "cn-patches" else timm.create_model("test_resnet"), mode, where="norms")
     groups = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     assert decayed
+    assert cn_hf.context_parameters(model)
     assert not decayed & {id(p) for p in cn_hf.context_parameters(model)}
 
 

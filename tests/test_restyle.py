@@ -330,7 +330,7 @@ def test_floats_of_another_scale_are_refused() -> None:
     with pytest.raises(ConfigError, match="lie between"):
         restyle(model, torch.full((1, 3, 4, 4), float("nan")))
     cn_hf.set_inference(model, "cn+", mean=(0.5, 0.5), std=(1.0, 1.0))
-    with pytest.raises(ConfigError, match="have 2 values for 3 channels"):
+    with pytest.raises(ConfigError, match="pixel mean has 2 values for images of 3 channels"):
         restyle(model, torch.zeros(1, 3, 4, 4))
 
 

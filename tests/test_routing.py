@@ -617,6 +617,22 @@ def test_predict_without_normalization_and_with_another_source_later() -> None:
     assert len(other.shown) == 1
 
 
+@pytest.mark.parametrize("order", [("labels", "pixel_values"), ("pixel_values", "labels")])
+def test_predict_looks_at_the_images_wherever_they_are_among_the_arguments(order: tuple[str, str]) -> None:
+    model, source, raw = patched(hf_vit), Brightness(), pixels()
+    cn_hf.set_inference(model, "predict", source=source)
+    given = {"labels": torch.zeros(6, dtype=torch.int64), "pixel_values": raw.float() / 255}
+    model(**{name: given[name] for name in order})
+    assert torch.equal(source.shown[0], raw)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_predict_with_statistics_of_other_channels_is_an_error(name: str) -> None:
+    model = cn_hf.set_inference(patched(), "predict", source=Brightness(), **{name: (0.5, 0.5)})
+    with pytest.raises(ConfigError, match=rf"pixel {name} has 2 values for images of 3 channels"):
+        model(images())
+
+
 def test_a_predict_that_names_no_context_is_an_error() -> None:
     class Wrong(Brightness):
         def predict(self, pixels: Tensor) -> Tensor:

@@ -209,7 +209,8 @@ def test_features_by_a_model_are_given_as_that_model() -> None:
 # -------------------------------------------------------------------------------------------------------- weight decay
 
 
-def test_trainer_gives_the_parameters_of_contexts_no_weight_decay(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("mode", "where"), [("cn-channels", "input"), ("dsbn", "norms")])
+def test_trainer_gives_the_parameters_of_contexts_no_weight_decay(tmp_path: Any, mode: str, where: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
     arguments = transformers.TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
@@ -218,7 +219,7 @@ def test_trainer_gives_the_parameters_of_contexts_no_weight_decay(tmp_path: Any)
         model = transformers.ResNetForImageClassification(config)
         names = {name for name, _ in model.named_parameters()}
         if patched:
-            cn_hf.patch_model(model, mode="cn-channels", where="input", num_contexts=2)
+            cn_hf.patch_model(model, mode=mode, where=where, num_contexts=2)
         optimizer = transformers.Trainer(model, arguments).create_optimizer()
         with_decay = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         added = cn_hf.context_parameters(model) if patched else []

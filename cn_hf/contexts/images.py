@@ -134,7 +134,9 @@ def to_array(image: PIL.Image.Image, mode: str = "RGB", size: tuple[int, int] | 
         wide = np.asarray(image).astype(np.int64)  # Pillow itself would cut 16-bit values off at 255
         if wide.size and (wide.min() < 0 or wide.max() > 0xFFFF):
             raise ValueError(f"mode {image.mode!r} with values beyond 16 bits has no 8-bit meaning")
-        image = PIL.Image.fromarray((wide // 257 if wide.max(initial=0) > 255 else wide).astype(np.uint8))
+        image = PIL.Image.fromarray(
+            (wide if image.mode == "I" and wide.max(initial=0) <= 255 else wide // 257).astype(np.uint8)
+        )
     elif image.mode == "F":
         raise ValueError("mode 'F' (float pixels) has no 8-bit meaning")
     if image.mode != mode:
@@ -185,7 +187,7 @@ def unreadable(row: int, column: str, reason: str) -> DatasetFileError:
 
 
 def _decode_batch(values: Sequence[object], mode: str, size: tuple[int, int] | None) -> list[Array | str]:
-    """Arrays, or the reason why there is none: exceptions would lose their place on the way from another process."""
+    """Arrays, or the reason why there is none."""
     decoded: list[Array | str] = []
     for value in values:
         try:

@@ -201,15 +201,25 @@ def read_context_ids(dataset: AnyDataset) -> Tensor | None:
     """Column ``context_ids`` of a Dataset: (N,) int64, or (N, T) float32 weights; None without that column.
 
     Raises:
-        DatasetError: An id is missing or out of range; its row is named.
+        DatasetError: An id is missing or out of range, its row is named; or the column holds no integers.
     """
     if CONTEXT_COLUMN not in dataset.features:
         return None
     feature = dataset.features[CONTEXT_COLUMN]
+    check_context_feature(feature)
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         weights = dataset.with_format("numpy").select_columns([CONTEXT_COLUMN])[:][CONTEXT_COLUMN]
         return torch.from_numpy(np.stack(list(weights)).astype(np.float32))
     return torch.from_numpy(read_labels(dataset, CONTEXT_COLUMN))
+
+
+def check_context_feature(feature: Any) -> None:
+    """Raise DatasetError for a column ``context_ids`` of single values that are no integers."""
+    if isinstance(feature, datasets.Value) and not _is_label(feature) and feature.dtype != "bool":
+        raise DatasetError(
+            f"column {CONTEXT_COLUMN!r} holds {feature.dtype}, not integers 0 to T - 1 (nor lists of T weights); for "
+            "names, a context source numbers them: cn_hf.contexts.ColumnContexts(column).fit(data).apply(data)"
+        )
 
 
 def check_labels(labels: npt.NDArray[np.int64], rows: Any, column: str, num_classes: int | None) -> None:
@@ -217,7 +227,7 @@ def check_labels(labels: npt.NDArray[np.int64], rows: Any, column: str, num_clas
     too_large = labels >= num_classes if num_classes is not None else np.zeros(len(labels), dtype=bool)
     wrong = np.flatnonzero((labels < 0) | too_large)
     if len(wrong):
-        upper = "" if num_classes is None else f" to {num_classes - 1}"
+        upper = " or more" if num_classes is None else f" to {num_classes - 1}"
         unlabelled = "; -1 often marks a split without labels" if labels[wrong[0]] == -1 else ""
         raise DatasetError(
             f"row {rows[int(wrong[0])]} has {column!r} {int(labels[wrong[0]])}; labels must be 0{upper}{unlabelled} "

@@ -343,8 +343,14 @@ def _mixing_for(
 
 
 def _context_names(splits: dict[str, Any]) -> tuple[str, ...] | None:
-    for split in splits.values():
-        feature = features_of(split).get(CONTEXT_COLUMN)
-        if isinstance(feature, datasets.ClassLabel):
-            return tuple(feature.names)
-    return None
+    """Names of the contexts, where there are any, the same for all splits that have them."""
+    features = {name: features_of(split).get(CONTEXT_COLUMN) for name, split in splits.items()}
+    names = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    for name, others in names.items():
+        first = next(iter(names))
+        if others != names[first]:
+            raise DatasetError(
+                f"splits {first!r} and {name!r} number their contexts differently in column {CONTEXT_COLUMN!r}: "
+                f"{names[first]} and {others}; apply one fitted context source to both"
+            )
+    return tuple(next(iter(names.values()))) if names else None

@@ -26,7 +26,14 @@ from cn_hf.data.augment import Augment
 from cn_hf.data.batches import Batch, Batches, check_balanceable
 from cn_hf.data.fingerprint import dataset_fingerprint, stream_fingerprint
 from cn_hf.data.images import OnError, check_on_error, image_shape
-from cn_hf.data.loading import check_labels, find_image_column, find_label_column, label_names, read_context_ids
+from cn_hf.data.loading import (
+    check_context_feature,
+    check_labels,
+    find_image_column,
+    find_label_column,
+    label_names,
+    read_context_ids,
+)
 from cn_hf.data.mixing import Mixing
 from cn_hf.data.order import stream_seed
 from cn_hf.data.workers import ignore_stop_signals, iterate_loader
@@ -254,8 +261,12 @@ class _PartDecoder:
         self.mode = image_mode
         self.skip = on_error == "skip"
         self.columns = [self.image_column, self.label_column]
-        if CONTEXT_COLUMN in features_of(dataset):
+        context = features_of(dataset).get(CONTEXT_COLUMN)
+        if context is not None:
+            check_context_feature(context)
             self.columns.append(CONTEXT_COLUMN)
+        self.num_contexts = context.num_classes if isinstance(context, datasets.ClassLabel) else None
+        self.has_weights = not isinstance(context, datasets.ClassLabel | datasets.Value)
 
     def part(
         self,
@@ -278,7 +289,8 @@ class _PartDecoder:
             threads: Decode in these.
         """
         try:
-            labels = self._labels(columns[self.label_column], rows)
+            labels = _integers(columns[self.label_column], rows, self.label_column, self.num_classes)
+            context_ids = self._context_ids(columns, rows)
             decoded = list((threads.map if threads else map)(self._decode, columns[self.image_column], rows))
             arrays = [array for array in decoded if array is not None]
             good = [place for place, array in enumerate(decoded) if array is not None]
@@ -286,7 +298,7 @@ class _PartDecoder:
             return _Part(
                 pixels=stack_arrays(arrays, good_rows) if good else None,
                 labels=torch.from_numpy(labels)[good],
-                context_ids=self._context_ids(columns, good),
+                context_ids=None if context_ids is None else context_ids[good],
                 rows=torch.tensor(good_rows, dtype=torch.int64),
                 places=torch.tensor(good, dtype=torch.int64) + first_place,
                 skipped=tuple(row for row, array in zip(rows, decoded, strict=True) if array is None),
@@ -305,18 +317,24 @@ class _PartDecoder:
                 return None
             raise unreadable(row, self.image_column, str(error)) from error
 
-    def _labels(self, values: Sequence[int | None], rows: Sequence[int]) -> npt.NDArray[np.int64]:
-        if None in values:
-            raise DatasetError(f"row {rows[list(values).index(None)]} has no {self.label_column!r}")
-        labels = np.asarray(values, dtype=np.int64)
-        check_labels(labels, rows, self.label_column, self.num_classes)
-        return labels
-
-    def _context_ids(self, columns: Mapping[str, Sequence[Any]], good: list[int]) -> Tensor | None:
+    def _context_ids(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> Tensor | None:
         if CONTEXT_COLUMN not in self.columns:
             return None
-        values = np.asarray(columns[CONTEXT_COLUMN])
-        return torch.from_numpy(values.astype(np.float32 if values.ndim == 2 else np.int64))[good]
+        values = columns[CONTEXT_COLUMN]
+        if self.has_weights:
+            return torch.tensor(values, dtype=torch.float32)
+        return torch.from_numpy(_integers(values, rows, CONTEXT_COLUMN, self.num_contexts))
+
+
+def _integers(
+    values: Sequence[int | None], rows: Sequence[int], column: str, count: int | None
+) -> npt.NDArray[np.int64]:
+    """All there, and in 0 to ``count`` - 1."""
+    if None in values:
+        raise DatasetError(f"row {rows[list(values).index(None)]} has no {column!r}")
+    integers = np.asarray(values, dtype=np.int64)
+    check_labels(integers, rows, column, count)
+    return integers
 
 
 class _IndexedParts(torch.utils.data.Dataset["_Part | CnHfError"]):

@@ -149,12 +149,9 @@ def predicted(
 def _check_pixels(network: nn.Module, images: Tensor) -> None:
     """A source is shown the pixels that images had before normalization; refuse where mean and std do not lead back."""
     router = router_of(network)
-    for name, values in (("mean", router.pixel_mean), ("std", router.pixel_std)):
-        if len(values) not in (1, images.shape[1]):
-            raise ConfigError(f"{name} has {len(values)} values for images of {images.shape[1]} channels")
+    mean, std = router.pixel_statistics(images)
     if images.numel() == 0:
         return
-    mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (router.pixel_mean, router.pixel_std))
     pixels = images * std + mean
     low, high = float(pixels.min()), float(pixels.max())
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:

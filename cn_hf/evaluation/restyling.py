@@ -131,10 +131,7 @@ def measure_shift(model: nn.Module, images: Tensor, contexts: Tensor, source: st
         if not len(chosen[name]):
             raise DatasetError(f"there is no held-out image of context {name!r} to measure with")
     original, real = chosen[source], chosen[target]
-    shape = (1, -1, 1, 1)
-    mean, std = (
-        torch.tensor(values, device=original.device).view(shape) for values in (router.pixel_mean, router.pixel_std)
-    )
+    mean, std = router.pixel_statistics(original)
     x = (original.float() / 255 - mean) / std
     there = restyle(model, x, source, target, clip=False)
     cycled = restyle(model, there, target, source, clip=False)

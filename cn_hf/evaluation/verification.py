@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from cn_hf.errors import ConfigError, DatasetError, InputShapeError
+from cn_hf.evaluation.report import standard_error
 
 __all__ = [
     "Verification",
@@ -36,6 +37,8 @@ __all__ = [
 Floats = npt.NDArray[np.float64]
 
 BOOTSTRAPS = 200
+_MOST_PAIRS = 2**22  # listed, to choose from
+_MOST_IMAGES = 512  # of one identity, likewise
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,7 @@ class Verification:
     @property
     def accuracy_error(self) -> float:
         """Binomial standard error of the accuracy, as if the pairs were independent."""
-        return float(np.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs))
+        return standard_error(self.correct, self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, rates included."""
@@ -93,16 +96,39 @@ def evaluation_pairs(identities: Tensor, *, seed: int = 0, most: int = 10_000, v
     """
     count = len(identities)
     generator = torch.Generator().manual_seed(seed)
-    upper = torch.triu_indices(count, count, offset=1).T
-    is_same = identities[upper[:, 0]] == identities[upper[:, 1]]
-    same = torch.arange(count)[:, None].expand(-1, 2) if views else upper[is_same]
-    different = upper[~is_same]
+    same = torch.arange(count)[:, None].expand(-1, 2) if views else _same_pairs(identities, generator)
+    different = _different_pairs(identities, generator)
     if len(same) == 0 or len(different) == 0:
         missing = "the same object" if len(same) == 0 else "different objects"
         raise DatasetError(f"{count} images of {len(set(identities.tolist()))} identities make no pair of {missing}")
     number = min(most, len(same), len(different))
     drawn = (torch.randperm(len(kind), generator=generator)[:number].sort().values for kind in (same, different))
     return torch.cat([kind[rows] for kind, rows in zip((same, different), drawn, strict=True)])
+
+
+def _same_pairs(identities: Tensor, generator: torch.Generator) -> Tensor:
+    """All pairs (P, 2) of one identity, in order; of many images of one, those of some drawn."""
+    pairs = []
+    order, counts = identities.argsort(stable=True), identities.unique(return_counts=True)[1]
+    for images in order.split(counts.tolist()):
+        if len(images) > _MOST_IMAGES:
+            images = images[torch.randperm(len(images), generator=generator)[:_MOST_IMAGES].sort().values]
+        pairs.append(torch.combinations(images))
+    same = torch.cat([torch.empty((0, 2), dtype=torch.int64), *pairs])
+    return same[(same[:, 0] * len(identities) + same[:, 1]).argsort()]
+
+
+def _different_pairs(identities: Tensor, generator: torch.Generator) -> Tensor:
+    """All pairs (P, 2) of two identities, in order; of more images than can be listed, some drawn."""
+    count = len(identities)
+    if count * (count - 1) // 2 <= _MOST_PAIRS:
+        pairs = torch.triu_indices(count, count, offset=1).T
+    else:
+        drawn = torch.randint(count, (_MOST_PAIRS, 2), generator=generator)
+        drawn = drawn[drawn[:, 0] < drawn[:, 1]]
+        ranks = (drawn[:, 0] * count + drawn[:, 1]).unique()
+        pairs = torch.stack([ranks // count, ranks % count], dim=1)
+    return pairs[identities[pairs[:, 0]] != identities[pairs[:, 1]]]
 
 
 def pair_distances(embeddings: Tensor, pairs: Tensor, second: Tensor | None = None) -> Tensor:

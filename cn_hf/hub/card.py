@@ -152,7 +152,7 @@ def _verification(results: Mapping[str, Any], network: Mapping[str, Any]) -> lis
     ]
     for group, found in network["held_out"].items():
         accuracy, n = found["correct"] / found["pairs"], found["pairs"]
-        error = 100 * (accuracy * (1 - accuracy) / n) ** 0.5
+        error = 100 * found["accuracy_error"]
         area = "–" if found["roc_auc"] is None else f"{100 * found['roc_auc']:.2f}"
         lines.append(f"| {group} | {100 * accuracy:.2f} ± {error:.2f} | {area} | {n:,} |")
     lines.append("")

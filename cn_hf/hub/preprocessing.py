@@ -153,8 +153,8 @@ def to_pixels(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
         raise ConfigError(f"image files have one channel or three, the model takes {channels}.")
     arrays = [to_array(_upright(image), mode, (height, width)) for image in images]
     pixels = torch.stack([torch.from_numpy(array.copy()) for array in arrays]).permute(0, 3, 1, 2).float() / 255
-    shape = (1, -1, 1, 1)
-    return (pixels - torch.tensor(router.pixel_mean).view(shape)) / torch.tensor(router.pixel_std).view(shape)
+    mean, std = router.pixel_statistics(pixels)
+    return (pixels - mean) / std
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -1,4 +1,4 @@
-"""transformers' Trainer gives no weight decay to the parameters that context normalization adds."""
+"""transformers' Trainer gives no weight decay to the parameters that patching adds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cn_hf.norm import ContextNorm
+from cn_hf.patching.routing import is_added
 
 __all__ = ["register"]
 
@@ -22,9 +22,7 @@ def register() -> None:
 
     @functools.wraps(names_of)
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
-        layers = [name for name, module in model.named_modules() if isinstance(module, ContextNorm)]
-        added = tuple(f"{name}." if name else "" for name in layers)
-        return [name for name in names_of(self, model) if not name.startswith(added)]
+        return [name for name in names_of(self, model) if not is_added(name)]
 
     get_decay_parameter_names.leaves_contexts_out = True  # type: ignore[attr-defined]  # functions take attributes
     Trainer.get_decay_parameter_names = get_decay_parameter_names

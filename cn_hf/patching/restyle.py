@@ -173,36 +173,8 @@ def _both_ids(
     """Ids of the contexts that the images of a batch are of and go to, on its device."""
     sources, targets = _listed(router, source, len(batch)), cast(Tensor, _listed(router, target, len(batch)))
     if sources is None:
-        sources = _predicted(router, batch)
+        sources = router.predicted_ids(batch)
     return sources.to(batch.device), targets.to(batch.device)
-
-
-def _predicted(router: ContextRouter, batch: Tensor) -> Tensor:
-    if router.source is None:
-        raise ContextIdError(
-            "The model has no context source that could tell which context the images are of: give source=, one of "
-            f"{list(router.config.context_names or range(router.config.num_contexts))}."
-        )
-    if batch.dtype != torch.uint8:
-        mean, std = _pixel_statistics(router, batch)
-        batch = ((batch.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return router.resolve(router.source.predict(batch), len(batch), batch.device)
-
-
-def _pixel_statistics(router: ContextRouter, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """What was subtracted from pixels in 0..1 and what they were divided by, (1, C or 1, 1, 1) each."""
-    for values in (router.pixel_mean, router.pixel_std):
-        if len(values) not in (1, batch.shape[1]):
-            raise ConfigError(
-                f"The model's pixel mean and std have {len(values)} values for {batch.shape[1]} channels; set them "
-                "with set_inference(model, ..., mean=, std=)."
-            )
-    shape, kind = (1, -1, 1, 1), torch.promote_types(batch.dtype, torch.float32)
-    mean, std = (
-        torch.tensor(values, dtype=torch.float64, device=batch.device).to(kind).view(shape)
-        for values in (router.pixel_mean, router.pixel_std)
-    )
-    return mean, std
 
 
 def _restyle_batch(
@@ -218,7 +190,7 @@ def _restyle_batch(
     def rows(table: Tensor, ids: Tensor) -> Tensor:
         return table.to(batch.device)[ids].to(kind)[:, :, None, None]
 
-    pixel_mean, pixel_std = _pixel_statistics(router, batch)
+    pixel_mean, pixel_std = router.pixel_statistics(batch)
     x = batch.to(kind)
     black, white = -pixel_mean / pixel_std, (1 - pixel_mean) / pixel_std
     if batch.dtype == torch.uint8:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cn_hf.errors import ContextIdError, InputTypeError, PatchError
-from cn_hf.norm import ContextNorm
+from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
 from cn_hf.norm.ids import ContextIds, as_tensor, resolve_context_ids
+from cn_hf.norm.synchronized import recomputing
 from cn_hf.patching.average import average_contexts, check_averages
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 
@@ -94,7 +94,7 @@ class ContextRouter:
     def _running(self) -> Tensor | None:
         if self.ids is not None:
             return self.ids
-        return self.backward_ids if self.backward_ids is not None and _in_backward() else self.default
+        return self.backward_ids if self.backward_ids is not None and recomputing() else self.default
 
     def is_sequence_first(self, x: Tensor) -> bool:
         """Whether ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
@@ -143,6 +143,48 @@ class ContextRouter:
             names=self.config.context_names,
         )
 
+    def pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What was subtracted from pixels in 0..1 and what they were divided by, ``(1, C or 1, 1, 1)`` each.
+
+        On the device of ``images`` and in their dtype, float32 at least.
+
+        Raises:
+            ConfigError: they are as many as neither one nor the images' channels.
+        """
+        for name, values in (("mean", self.pixel_mean), ("std", self.pixel_std)):
+            if len(values) not in (1, images.shape[1]):
+                raise ConfigError(
+                    f"The model's pixel {name} has {len(values)} values for images of {images.shape[1]} channels; set "
+                    "it with set_inference(model, ..., mean=, std=)."
+                )
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64, device=images.device).to(dtype).view(1, -1, 1, 1)
+            for values in (self.pixel_mean, self.pixel_std)
+        )
+        return mean, std
+
+    def predicted_ids(self, images: Tensor) -> Tensor:
+        """The context that the source tells of each image, ``(N,)``.
+
+        Args:
+            images: ``(N, C, H, W)``, as the model gets them, or uint8.
+
+        Raises:
+            ContextIdError: the model has no source.
+            ConfigError: as ``pixel_statistics``.
+        """
+        if self.source is None:
+            raise ContextIdError(
+                "The model has no context source that could tell which context the images are of: name it, one of "
+                f"{list(self.config.context_names or range(self.config.num_contexts))}, or call "
+                'set_inference(model, "predict", source=fitted_source).'
+            )
+        if images.dtype != torch.uint8:
+            mean, std = self.pixel_statistics(images)
+            images = ((images.detach().to(mean.dtype) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return self.resolve(self.source.predict(images), len(images), images.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextRouter:
         """A copied model gets a router of its own; a part copied alone stays wired to the model it came from."""
         root = None if self.root is None else self.root()
@@ -158,6 +200,11 @@ class ContextRouter:
     def __getstate__(self) -> dict[str, Any]:
         """What pickles: not the running call, and the root only through its own ``__setstate__``."""
         return self.__dict__ | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter or buffer of a patched model is one that patching added, by its name."""
+    return ".normalizer." in f".{name}"
 
 
 def router_of(model: nn.Module) -> ContextRouter:
@@ -197,10 +244,8 @@ class RoutedModel(Swapped):
         """Names timm's optimizers give no weight decay: the model's own and the parameters CN added."""
         inherited = getattr(super(), "no_weight_decay", None)
         names = set() if inherited is None else set(inherited())
-        for name, module in self.named_modules():  # type: ignore[attr-defined]  # of the model's own class
-            if isinstance(module, ContextNorm):
-                names |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
-        return names
+        parameters = self.named_parameters()  # type: ignore[attr-defined]  # of nn.Module
+        return names | {name for name, _ in parameters if is_added(name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, and wire the router to the new object."""
@@ -211,7 +256,7 @@ class RoutedModel(Swapped):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # of nn.Module
         # Slots see a plain checkpoint by their own keys; those without tensors of their own cannot.
-        own = {prefix + key for key in self.state_dict() if ".normalizer." not in key}  # type: ignore[attr-defined]
+        own = {prefix + key for key in self.state_dict() if not is_added(key)}  # type: ignore[attr-defined]
         if own <= state_dict.keys() and not any(".normalizer." in key for key in state_dict if key.startswith(prefix)):
             for name, module in self.named_modules():  # type: ignore[attr-defined]  # of nn.Module
                 if hasattr(module, "start_anew") and not any(key.startswith(f"{prefix}{name}.") for key in own):
@@ -329,8 +374,8 @@ def _route(
             return _run(router, lambda: forward(model, *args, **kwargs), same)
 
         return average_contexts(in_context, config.num_contexts, kwargs.get("labels"))
-    resolved_or_none = _predict(router, _first_tensor(args, kwargs)) if config.inference == "predict" else None
-    return _run(router, lambda: forward(model, *args, **kwargs), resolved_or_none)
+    predicted = router.predicted_ids(_images(args, kwargs)) if config.inference == "predict" else None
+    return _run(router, lambda: forward(model, *args, **kwargs), predicted)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -342,8 +387,17 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise InputTypeError("A patched model needs a batch: no tensor was among the arguments of forward.")
 
 
+def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The batch that a context source looks at: labels may come before it."""
+    named = kwargs.get("pixel_values")
+    for value in (named, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            return value
+    return _first_tensor(args, kwargs)
+
+
 def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None) -> Any:
-    if router.backward_ids is not None and not _in_backward():
+    if router.backward_ids is not None and not recomputing():
         router.backward_ids = None  # left by a backward that failed
     previous = router.ids
     router.ids = ids
@@ -369,22 +423,6 @@ def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> Non
     for leaf in (output,) if isinstance(output, Tensor) else pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(restore)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _predict(router: ContextRouter, images: Tensor) -> Tensor:
-    if router.source is None:
-        raise ContextIdError(
-            'inference="predict" has no context source: call set_inference(model, "predict", source=fitted_source).'
-        )
-    shape = (1, -1, 1, 1)
-    mean = torch.tensor(router.pixel_mean, device=images.device).view(shape)
-    std = torch.tensor(router.pixel_std, device=images.device).view(shape)
-    pixels = ((images.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return router.resolve(router.source.predict(pixels), images.shape[0], images.device)
 
 
 # -------------------------------------------------------------------------------------------------------- for the user
