@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cn_hf.norm import native
 from cn_hf.norm.formulas import Gradients
+from cn_hf.norm.layout import lies_in_rows
 
 __all__ = ["norm_shift_scale", "norm_shift_scale_backward", "shift_scale", "shift_scale_backward"]
 
@@ -21,11 +22,11 @@ _FEWEST_POSITIONS, _MOST_SEGMENTS = 64, 64
 
 def _layout(x: Tensor, feature_dim: int) -> tuple[str, int] | None:
     """Which kernels know how ``x`` lies in memory, and its positions ``L``."""
-    maps = x.movedim(feature_dim, 1)
+    in_rows = lies_in_rows(x, feature_dim)
+    if in_rows is None:
+        return None
     positions = x.numel() // max(1, x.shape[0] * x.shape[feature_dim])
-    if maps.is_contiguous():
-        return "vectors" if positions == 1 else "rows", positions
-    return ("vectors", positions) if maps.movedim(1, -1).is_contiguous() else None
+    return "rows" if in_rows and positions > 1 else "vectors", positions
 
 
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
 from cn_hf.norm.em import statistics_dtype
+from cn_hf.norm.formulas import along
 from cn_hf.norm.ids import ContextIds
 from cn_hf.norm.layers import FeatureNorm, checked_ids
 from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_batch_norm
@@ -119,9 +120,8 @@ class DomainBatchNorm(FeatureNorm):
         scale = scale if own_weight is None else scale * own_weight
         offset = -self.running_mean.to(wide) * scale
         offset = offset if own_bias is None else offset + own_bias
-        shape = [len(ids)] + [1] * (x.dim() - 1)
-        shape[self.feature_dim] = self.num_features
-        return torch.addcmul(offset[ids].view(shape), x.to(wide), scale[ids].view(shape)).to(x.dtype)
+        offset, scale = (along(table[ids], x, self.feature_dim) for table in (offset, scale))
+        return torch.addcmul(offset, x.to(wide), scale).to(x.dtype)
 
     def _affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Scale and offset ``(T, C)`` of both maps, one after the other."""

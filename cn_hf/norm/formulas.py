@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "Gradients",
+    "along",
     "composed",
     "norm_shift_scale",
     "norm_shift_scale_backward",
@@ -30,10 +31,12 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor]
 """By ``x``, None where not asked for; by the offset and by the scale of each sample, ``(N, C)`` float32 or float64."""
 
 
-def _along(row: Tensor, x: Tensor, feature_dim: int) -> Tensor:
-    """``(N, C)`` or ``(1, C)``, shaped to broadcast to ``x``."""
+def along(row: Tensor, x: Tensor, feature_dim: int) -> Tensor:
+    """``(C,)``, ``(1, C)`` or ``(N, C)``, shaped to broadcast to ``x``."""
     shape = [1] * x.dim()
-    shape[0], shape[feature_dim] = row.shape
+    shape[feature_dim] = row.shape[-1]
+    if row.dim() == 2:
+        shape[0] = row.shape[0]
     return row.reshape(shape)
 
 
@@ -45,8 +48,8 @@ def _sum_positions(x: Tensor, feature_dim: int) -> Tensor:
 
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:
     """``(x - center) * scale + offset``, in the dtype of ``x``."""
-    centered, scale = x - _along(center, x, feature_dim), _along(scale, x, feature_dim)
-    out = centered * scale if offset is None else torch.addcmul(_along(offset, x, feature_dim), centered, scale)
+    centered, scale = x - along(center, x, feature_dim), along(scale, x, feature_dim)
+    out = centered * scale if offset is None else torch.addcmul(along(offset, x, feature_dim), centered, scale)
     return out.to(x.dtype)
 
 
@@ -67,8 +70,8 @@ def shift_scale_backward(
 ) -> Gradients:
     """The backward of ``shift_scale``."""
     wide = grad.to(scale.dtype)
-    grad_x = (wide * _along(scale, x, feature_dim)).to(x.dtype) if need_x else None
-    dots = _sum_positions(wide * (x - _along(center, x, feature_dim)), feature_dim)
+    grad_x = (wide * along(scale, x, feature_dim)).to(x.dtype) if need_x else None
+    dots = _sum_positions(wide * (x - along(center, x, feature_dim)), feature_dim)
     return grad_x, _sum_positions(wide, feature_dim), dots
 
 

@@ -21,6 +21,7 @@ from cn_hf.norm.combination import (
     weighted_sum,
 )
 from cn_hf.norm.em import Densities, along_features, plus_product
+from cn_hf.norm.layout import lies_in_rows
 
 __all__ = ["MixtureKept", "combine", "mixture_norm", "mixture_norm_backward"]
 
@@ -49,7 +50,7 @@ class _Pieces:
 
     def __init__(self, x: Tensor, feature_dim: int, num_components: int) -> None:
         maps = x.movedim(feature_dim, 1)
-        self.in_rows = maps.is_contiguous() and maps.shape[2:].numel() > 1
+        self.in_rows = bool(lies_in_rows(x, feature_dim)) and maps.shape[2:].numel() > 1
         self.shape, self.feature_dim = maps.shape, feature_dim
         samples, features = maps.shape[:2]
         positions = maps.shape[2:].numel()

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from cn_hf.errors import InputShapeError
 from cn_hf.norm.em import full_precision, statistics_dtype, sum_over_processes
+from cn_hf.norm.formulas import along
 
 __all__ = ["recomputing", "several_processes", "synchronized_batch_norm", "synchronized_forward"]
 
@@ -125,7 +126,7 @@ def _moments(x: Tensor, feature_dim: int) -> _Moments:
     features = x.shape[feature_dim]
     count = x.numel() // max(features, 1)
     mean = wide.sum(_vector_dims(x, feature_dim)) / max(count, 1)
-    deviation = wide - _along(mean, x, feature_dim)
+    deviation = wide - along(mean, x, feature_dim)
     squared = deviation.square_().sum(_vector_dims(x, feature_dim))
     own = torch.cat([mean.new_full((1,), count), mean, squared])
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -163,13 +164,6 @@ def _vector_dims(x: Tensor, feature_dim: int) -> list[int]:
     return [dim for dim in range(x.dim()) if dim != feature_dim % x.dim()]
 
 
-def _along(row: Tensor, x: Tensor, feature_dim: int) -> Tensor:
-    """``row`` ``(C,)``, shaped to broadcast to ``x``."""
-    shape = [1] * x.dim()
-    shape[feature_dim] = -1
-    return row.view(shape)
-
-
 class _Normalize(torch.autograd.Function):
     """Normalise by given statistics; backward is exact through the vectors of all processes they were taken over."""
 
@@ -190,9 +184,9 @@ class _Normalize(torch.autograd.Function):
         ctx.feature_dim = feature_dim
         ctx.bias_dtype = None if bias is None else bias.dtype
         scale = rstd if weight is None else rstd * weight
-        out = (x - _along(mean, x, feature_dim)).mul_(_along(scale, x, feature_dim))
+        out = (x - along(mean, x, feature_dim)).mul_(along(scale, x, feature_dim))
         if bias is not None:
-            out.add_(_along(bias, x, feature_dim))
+            out.add_(along(bias, x, feature_dim))
         return out.to(x.dtype)
 
     @staticmethod
@@ -202,16 +196,16 @@ class _Normalize(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         with full_precision(x.device):
             dims, wide = _vector_dims(x, ctx.feature_dim), grad.to(rstd.dtype)
-            normalized = (x - _along(mean, x, ctx.feature_dim)).mul_(_along(rstd, x, ctx.feature_dim))
+            normalized = (x - along(mean, x, ctx.feature_dim)).mul_(along(rstd, x, ctx.feature_dim))
             grad_bias, grad_weight = wide.sum(dims), (wide * normalized).sum(dims)
             grad_x = None
             if need_x:
                 first, second = (
-                    _along(summed / total.clamp_min(1), x, ctx.feature_dim)
+                    along(summed / total.clamp_min(1), x, ctx.feature_dim)
                     for summed in sum_over_processes((grad_bias, grad_weight))
                 )
                 scale = rstd if weight is None else rstd * weight
-                grad_x = (wide - first).sub_(normalized.mul_(second)).mul_(_along(scale, x, ctx.feature_dim))
+                grad_x = (wide - first).sub_(normalized.mul_(second)).mul_(along(scale, x, ctx.feature_dim))
                 grad_x = grad_x.to(x.dtype)
         return (
             grad_x,

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from cn_hf.norm.combination import Combination
 from cn_hf.norm.em import Densities
-from cn_hf.norm.triton_kernels import _aligned, _on_device_of, _sizes, _stored
+from cn_hf.norm.layout import stored
+from cn_hf.norm.triton_launch import MOST, aligned, on_device_of, sizes_of
 
 __all__ = ["combine"]
 
 _MOST_CONTEXTS = 64  # whose posteriors fit a thread's registers, and whose code compiles in seconds
-_MOST_VECTORS = 2**30
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -163,7 +163,7 @@ def _combine_launch(samples: int, features: int, length: int, components: int, l
     block = each * 128 // lanes
     steps = (features * length, 1) if lanes == 1 else (0, features)
     parts, of = (samples, length) if lanes == 1 else (1, vectors)
-    sizes = length if lanes == 1 else 1, features, parts, *steps, *_aligned(of), components, block, lanes
+    sizes = length if lanes == 1 else 1, features, parts, *steps, *aligned(of), components, block, lanes
     # Where the compiler would take more than three programs on a processor have, for no gain.
     registers = None if lanes == 1 else 168
     return _Launch((triton.cdiv(vectors, block),), sizes, registers)
@@ -203,12 +203,12 @@ def combine(
     features, components = squared.shape
     if components > _MOST_CONTEXTS or x.dtype not in _DTYPES or squared.dtype != torch.float32:
         return None
-    x, in_rows = _stored(x, feature_dim)
+    x, in_rows = stored(x, feature_dim)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    samples, features, length = _sizes(x, feature_dim)
-    if samples * length > _MOST_VECTORS:
+    samples, features, length = sizes_of(x, feature_dim)
+    if samples * length > MOST:
         return None
     lanes = 1 if in_rows and length > 1 else 32 // x.itemsize
     launch = _combine_launch(samples, features, length, components, lanes)
@@ -216,7 +216,7 @@ def combine(
     densities, terms = torch.empty(2, steps * components * lanes, dtype=torch.int64, device=x.device)
     tables = squared.T.contiguous(), linear.T.contiguous(), scales.contiguous(), offsets.contiguous()
     rows = (row if row is None else row.contiguous() for row in (shift, center, shared, weight, bias))
-    with _on_device_of(x):
+    with on_device_of(x):
         block = triton.next_power_of_2(components)
         _pack_tables[(steps,)](*tables, densities, terms, features, components, block, lanes, num_warps=1)
         tensors = x, y, densities, terms, constant.contiguous(), reach, *rows

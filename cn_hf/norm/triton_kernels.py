@@ -17,9 +17,7 @@ Shape legend: ``N`` samples, ``C`` features, ``L`` positions (pixels or tokens) 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cn_hf.errors import InputShapeError
+from cn_hf.norm.layout import arranged, stored
+from cn_hf.norm.triton_launch import aligned, on_device_of, sizes_of, stages
 
 __all__ = ["norm_shift_scale", "norm_shift_scale_backward", "shift_scale", "shift_scale_backward"]
 
@@ -235,12 +234,6 @@ class _Launch(NamedTuple):
     warps: int
 
 
-def _aligned(size: int) -> tuple[int, int]:
-    """``size`` as a product whose second factor, a power of two up to 16, lets the compiler use wide loads."""
-    align = math.gcd(size, 16)
-    return size // align, align
-
-
 @functools.lru_cache(maxsize=256)
 def _row_launch(samples: int, features: int, length: int) -> _Launch:
     """Tiles of 1024 to 4096 values, the largest that give 1024 programs; long rows are whole where rows are many."""
@@ -249,7 +242,7 @@ def _row_launch(samples: int, features: int, length: int) -> _Launch:
     block_l = min(triton.next_power_of_2(length), 4096 if rows >= 256 else values)
     block_r = max(1, values // block_l)
     segments = triton.cdiv(length, block_l)
-    sizes = rows, features, segments, *_aligned(length), block_r, block_l
+    sizes = rows, features, segments, *aligned(length), block_r, block_l
     return _Launch((triton.cdiv(rows, block_r) * segments,), segments, sizes, 4)
 
 
@@ -265,11 +258,6 @@ def _segments(programs: int, length: int, block_l: int, block_c: int, wanted: in
     return triton.cdiv(tiles, tiles_each), tiles_each
 
 
-def _stages(values: int, bytes_each: int) -> int:
-    """Steps from the load of a tile to its use: one, and as many more, up to two, as fit 64 KiB of shared memory."""
-    return 1 + min(2, 65536 // (values * bytes_each))
-
-
 @functools.lru_cache(maxsize=256)
 def _column_launch(
     samples: int, features: int, length: int, *, wanted: int, values: int, warps: int, bytes_each: int
@@ -281,8 +269,8 @@ def _column_launch(
     block_l = min(values // block_c, triton.next_power_of_2(length))
     blocks = triton.cdiv(features, block_c)
     segments, tiles = _segments(samples * blocks, length, block_l, block_c, wanted)
-    tile = block_l, block_c, _stages(block_l * block_c, bytes_each)
-    sizes = length, blocks, segments, tiles, *_aligned(features), *tile
+    tile = block_l, block_c, stages(block_l * block_c, bytes_each)
+    sizes = length, blocks, segments, tiles, *aligned(features), *tile
     return _Launch((samples * blocks * segments,), segments, sizes, warps)
 
 
@@ -293,8 +281,8 @@ def _norm_launch(samples: int, features: int, length: int, *, wanted: int, value
     warps = min(16, max(1, block_c // 256))
     block_l = min(max(1, values * 32 * warps // block_c), triton.next_power_of_2(length))
     segments, tiles = _segments(samples, length, block_l, block_c, wanted)
-    tile = block_l, block_c, _stages(block_l * block_c, bytes_each)
-    sizes = length, segments, tiles, *_aligned(features), *tile
+    tile = block_l, block_c, stages(block_l * block_c, bytes_each)
+    sizes = length, segments, tiles, *aligned(features), *tile
     return _Launch((samples * segments,), segments, sizes, warps)
 
 
@@ -302,36 +290,6 @@ def _coefficients(*tables: Tensor | None) -> tuple[Tensor | int | None, ...]:
     """The tables with their features side by side in memory, then the step of each from a sample's row to the next."""
     dense = [t if t is None or t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous() for t in tables]
     return *dense, *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in dense)
-
-
-def _channels_first(x: Tensor, feature_dim: int) -> Tensor:
-    return x if feature_dim == 1 else x.movedim(-1, 1)
-
-
-def _stored(x: Tensor, feature_dim: int) -> tuple[Tensor, bool]:
-    """``x`` in one of the two views, copied if it is in neither, and whether that is rows (else columns)."""
-    maps = _channels_first(x, feature_dim)
-    if maps.is_contiguous():
-        return x, True
-    if maps.movedim(1, -1).is_contiguous():
-        return x, False
-    return _stored(x.contiguous(), feature_dim)
-
-
-def _sizes(x: Tensor, feature_dim: int) -> tuple[int, int, int]:
-    """Samples, features and positions of a tensor that is not empty."""
-    samples, features = x.shape[0], x.shape[feature_dim]
-    length = x.numel() // (samples * features)
-    if length > 2**30:
-        raise InputShapeError(
-            f"one sample has {length} positions (x is of shape {tuple(x.shape)}), and the CUDA kernels count to "
-            f"{2**30}: pass it in parts, each as a sample"
-        )
-    return samples, features, length
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _add_segments(partial: Tensor, dim: int) -> Tensor:
@@ -355,17 +313,17 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
-    x, in_rows = _stored(x, feature_dim)
+    x, in_rows = stored(x, feature_dim)
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    sizes = _sizes(x, feature_dim)
+    sizes = sizes_of(x, feature_dim)
     if in_rows:
         launch = _row_launch(*sizes)
     else:
         launch = _column_launch(*sizes, wanted=4096, values=4096, warps=4, bytes_each=x.itemsize)
     kernel = _rows_forward if in_rows else _columns_forward
-    with _on_device_of(x):
+    with on_device_of(x):
         kernel[launch.grid](
             x, y, *_coefficients(center, scale, offset), *launch.sizes, num_warps=launch.warps, enable_fp_fusion=True
         )
@@ -392,14 +350,13 @@ def shift_scale_backward(
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
-    x, in_rows = _stored(x, feature_dim)
-    maps = _channels_first(grad, feature_dim)
-    grad = maps.contiguous() if in_rows else maps.movedim(1, -1).contiguous()
+    x, in_rows = stored(x, feature_dim)
+    grad = arranged(grad, feature_dim, in_rows)
     grad_x = torch.empty_like(x) if need_x else None
     if x.numel() == 0:
         sums = center.new_zeros(x.shape[0], x.shape[feature_dim])
         return grad_x, sums, torch.zeros_like(sums)
-    samples, features, length = _sizes(x, feature_dim)
+    samples, features, length = sizes_of(x, feature_dim)
     if in_rows:
         launch = _row_launch(samples, features, length)
     else:
@@ -409,7 +366,7 @@ def shift_scale_backward(
     parts = (samples, features, launch.segments) if in_rows else (samples, launch.segments, features)
     sums, dots = center.new_empty(parts), center.new_empty(parts)
     tensors = grad, x, grad_x, sums, dots, *_coefficients(center, scale)
-    with _on_device_of(x):
+    with on_device_of(x):
         kernel[launch.grid](*tensors, *launch.sizes, num_warps=launch.warps, enable_fp_fusion=True)
     dim = 2 if in_rows else 1
     return grad_x, _add_segments(sums, dim), _add_segments(dots, dim)
@@ -443,9 +400,9 @@ def norm_shift_scale(
     mean = torch.empty_like(rstd) if centered else center.new_empty(0)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    launch = _norm_launch(*_sizes(x, -1), wanted=4096, values=32, bytes_each=x.itemsize)
+    launch = _norm_launch(*sizes_of(x, -1), wanted=4096, values=32, bytes_each=x.itemsize)
     tensors = x, y, mean if centered else None, rstd, *_coefficients(center, scale, offset)
-    with _on_device_of(x):
+    with on_device_of(x):
         _norm_forward[launch.grid](*tensors, eps, *launch.sizes, num_warps=launch.warps, enable_fp_fusion=True)
     return y, mean, rstd
 
@@ -484,13 +441,13 @@ def norm_shift_scale_backward(
     if x.numel() == 0:
         sums = center.new_zeros(x.shape[0], x.shape[-1])
         return grad_x, sums, torch.zeros_like(sums)
-    samples, features, length = _sizes(x, -1)
+    samples, features, length = sizes_of(x, -1)
     both = x.itemsize + grad.itemsize
     launch = _norm_launch(samples, features, length, wanted=2048, values=16, bytes_each=both)
     parts = samples, launch.segments, features
     sums, dots = center.new_empty(parts), center.new_empty(parts)
     statistics = mean.contiguous() if centered else None, rstd.contiguous()
     tensors = grad, x, grad_x, sums, dots, *statistics, *_coefficients(center, scale)
-    with _on_device_of(x):
+    with on_device_of(x):
         _norm_backward[launch.grid](*tensors, *launch.sizes, num_warps=launch.warps, enable_fp_fusion=True)
     return grad_x, _add_segments(sums, 1), _add_segments(dots, 1)

@@ -39,13 +39,13 @@ import triton.language as tl
 from torch import Tensor
 
 from cn_hf.norm.em import Densities
+from cn_hf.norm.layout import arranged, stored
 from cn_hf.norm.pieces import MixtureKept
-from cn_hf.norm.triton_kernels import _aligned, _on_device_of, _sizes, _stages, _stored
+from cn_hf.norm.triton_launch import MOST, aligned, on_device_of, sizes_of, stages
 
 __all__ = ["handles_mixture_norm", "mixture_norm", "mixture_norm_backward"]
 
 _MOST_COMPONENTS, _MOST_FEATURES = 8, 2048  # whose sums fit the registers, and whose code compiles in seconds
-_MOST_VECTORS = 2**30
 
 
 @triton.jit
@@ -370,7 +370,7 @@ def _tiles(samples: int, features: int, length: int, components: int, in_rows: b
     tiles = max(4, triton.cdiv(in_all, 512))
     steps = (features * length, 1, length) if in_rows else (0, features, 1)
     parts, of = (samples, length) if in_rows else (1, samples * length)
-    sizes = features, parts, *steps, *_aligned(of), components, block_p, block_c
+    sizes = features, parts, *steps, *aligned(of), components, block_p, block_c
     return _Tiles(triton.cdiv(in_all, tiles), tiles, in_all, block_p * block_c, sizes, warps)
 
 
@@ -378,7 +378,7 @@ def handles_mixture_norm(x: Tensor, num_components: int, feature_dim: int) -> bo
     """Whether ``mixture_norm`` is for such an ``x``: up to 8 components, 2048 features, 2**30 vectors, and not none."""
     features = x.shape[feature_dim]
     small = num_components <= _MOST_COMPONENTS and 0 < features <= _MOST_FEATURES
-    return small and 0 < x.numel() // features <= _MOST_VECTORS
+    return small and 0 < x.numel() // features <= MOST
 
 
 def mixture_norm(
@@ -412,8 +412,8 @@ def mixture_norm(
     """
     shift, squared, linear, constant, reach = densities
     features, components = squared.shape
-    x, in_rows = _stored(x, feature_dim)
-    samples, _, length = _sizes(x, feature_dim)
+    x, in_rows = stored(x, feature_dim)
+    samples, _, length = sizes_of(x, feature_dim)
     plan = _tiles(samples, features, length, components, in_rows)
     y = torch.empty_like(x)
     log_tau = shift.new_empty(components, samples * length)
@@ -427,10 +427,10 @@ def mixture_norm(
     shift, prior, constant = (row.contiguous() for row in (shift, prior.to(shift.dtype), constant))
     tables = shift, squared.T.contiguous(), linear.T.contiguous(), constant, reach
     affine = (None if row is None else row.contiguous() for row in (weight, bias))
-    stages, width = _stages(plan.values, x.itemsize), min(triton.next_power_of_2(features), 32)
-    with _on_device_of(x):
+    ahead, width = stages(plan.values, x.itemsize), min(triton.next_power_of_2(features), 32)
+    with on_device_of(x):
         _mixture_statistics[(plan.programs,)](
-            x, log_tau, *partial, *tables, plan.tiles, *plan.sizes, lowest, stages, num_warps=plan.warps,
+            x, log_tau, *partial, *tables, plan.tiles, *plan.sizes, lowest, ahead, num_warps=plan.warps,
             enable_fp_fusion=True,
         )  # fmt: skip
         _merge_statistics[(components * triton.cdiv(features, width),)](
@@ -474,10 +474,9 @@ def mixture_norm_backward(
     """
     shift, squared, linear, _, reach = densities
     features, components = squared.shape
-    x, in_rows = _stored(x, feature_dim)
-    maps = grad if feature_dim == 1 else grad.movedim(-1, 1)
-    grad = maps.contiguous() if in_rows else maps.movedim(1, -1).contiguous()
-    samples, _, length = _sizes(x, feature_dim)
+    x, in_rows = stored(x, feature_dim)
+    grad = arranged(grad, feature_dim, in_rows)
+    samples, _, length = sizes_of(x, feature_dim)
     plan = _tiles(samples, features, length, components, in_rows)
     sums, dots = (shift.new_empty(plan.programs, components, features) for _ in range(2))
     by_mean, by_var = (shift.new_empty(components, features) for _ in range(2))
@@ -486,10 +485,10 @@ def mixture_norm_backward(
     shift, prior, var = shift.contiguous(), prior.to(shift.dtype).contiguous(), var.contiguous()
     others = (None if row is None else row.contiguous() for row in (weight, grad_mean, grad_var))
     weight, grad_mean, grad_var = others
-    stages, width = _stages(plan.values, x.itemsize + grad.itemsize), min(triton.next_power_of_2(features), 16)
-    with _on_device_of(x):
+    ahead, width = stages(plan.values, x.itemsize + grad.itemsize), min(triton.next_power_of_2(features), 16)
+    with on_device_of(x):
         _mixture_sums[(plan.programs,)](
-            grad, x, kept.log_tau, sums, dots, shift, kept.center, prior, plan.tiles, *plan.sizes, stages,
+            grad, x, kept.log_tau, sums, dots, shift, kept.center, prior, plan.tiles, *plan.sizes, ahead,
             num_warps=plan.warps, enable_fp_fusion=True,
         )  # fmt: skip
         _merge_sums[(triton.cdiv(features, width),)](
