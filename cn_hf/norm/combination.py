@@ -19,7 +19,7 @@ from cn_hf.norm.em import (
     along_features,
     data_shift,
     full_precision,
-    plus_product,
+    product,
     reduce_over_processes,
 )
 
@@ -54,50 +54,47 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     if distributed:
         peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
     with full_precision(x.device):
-        sums = _weighted_sums(x, log_tau, peak, shift)
-    return _moments(SumOverProcesses.apply(*sums) if distributed else sums, shift)
+        sums = _weighted_sums(x - shift, log_tau, peak)
+    mean, var = _moments(SumOverProcesses.apply(*sums) if distributed else sums)
+    return mean + shift, var
 
 
-def component_statistics_of_pieces(
-    parts: Iterable[tuple[Tensor, Tensor]], shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
 
     Args:
-        parts: vectors ``(M, C)`` or maps ``(N, C, L)``, and their ``log_tau``.
-        shift: ``(C,)``, near the mean of all vectors.
+        parts: vectors ``(M, C)`` or maps ``(N, C, L)``, less a point near the mean of all, and their ``log_tau``.
 
     Returns:
-        mean ``(K, C)``, biased variance ``(K, C)``, and the logarithm of each component's sum of posteriors ``(K,)``.
+        mean ``(K, C)`` about that point, biased variance ``(K, C)``, logarithm of each sum of posteriors ``(K,)``.
     """
     peak: Tensor | None = None
     sums: tuple[Tensor, ...] = ()
     for x, log_tau in parts:
         before, largest = peak, log_tau.amax(_vectors_of(log_tau))
         peak = largest if before is None else torch.maximum(before, largest)
-        own = _weighted_sums(x, log_tau, peak, shift)
+        own = _weighted_sums(x, log_tau, peak)
         if before is not None:
             kept = (before - peak).exp()[:, None]
             own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
         sums = own
     if peak is None:
         raise ValueError("There must be a piece, received none.")
-    return *_moments(sums, shift), peak + sums[0][:, 0].log()
+    return *_moments(sums), peak + sums[0][:, 0].log()
 
 
-def _moments(sums: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(K, C)`` of ``_weighted_sums``."""
     total, first, second = sums
     mean = first / total
-    return mean + shift, (second / total - mean.square()).clamp_min(0)
+    return mean, (second / total - mean.square()).clamp_min(0)
 
 
-def _weighted_sums(x: Tensor, log_tau: Tensor, peak: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    """Of weights ``exp(log_tau - peak)``: their total ``(K, 1)``, and moments about the shift, both ``(K, C)``."""
+def _weighted_sums(x: Tensor, log_tau: Tensor, peak: Tensor) -> tuple[Tensor, ...]:
+    """Of weights ``exp(log_tau - peak)``: their total ``(K, 1)``, and the first and second moments, both ``(K, C)``."""
     weight = (log_tau - along_features(peak, log_tau)).exp()
-    centered = x - along_features(shift, x)
     total = weight.sum(_vectors_of(weight))[:, None]
-    return total, weighted_sum(weight, centered), weighted_sum(weight, centered.square())
+    return total, weighted_sum(weight, x), weighted_sum(weight, x.square())
 
 
 def _vectors_of(x: Tensor) -> tuple[int, ...]:
@@ -134,9 +131,8 @@ class Combination(NamedTuple):
     def apply(self, x: Tensor, coefficient: Tensor) -> Tensor:
         """``(M, C)`` of vectors ``(M, C)`` and coefficients ``(M, K)``; ``(N, C, L)`` of the same and ``(N, K, L)``."""
         shared = coefficient.sum(dim=1, keepdim=True) * along_features(self.shared, x)
-        scale = plus_product(shared, coefficient, self.scales)
-        zero = torch.zeros_like(self.shift)
-        return torch.addcmul(plus_product(zero, coefficient, self.offsets), x - along_features(self.shift, x), scale)
+        scale = product(coefficient, self.scales, shared)
+        return torch.addcmul(product(coefficient, self.offsets), x - along_features(self.shift, x), scale)
 
 
 def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:

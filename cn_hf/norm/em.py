@@ -33,8 +33,8 @@ __all__ = [
     "mixture_statistics",
     "mixture_update",
     "place_among_processes",
-    "plus_product",
     "posteriors",
+    "product",
     "seed_mixture",
     "statistics_dtype",
 ]
@@ -59,21 +59,22 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def plus_product(added: Tensor, x: Tensor, table: Tensor) -> Tensor:
-    """``added + x @ table`` for vectors ``x``, ``(M, C)``, or the same of maps ``(N, C, L)``, as they lie in memory.
+def product(x: Tensor, table: Tensor, added: Tensor | None = None) -> Tensor:
+    """``x @ table + added`` for vectors ``x``, ``(M, C)``, or the same of maps ``(N, C, L)``, as they lie in memory.
 
     Args:
-        added: ``(K,)``, or of the result's shape.
         x: ``(M, C)`` or ``(N, C, L)``.
         table: ``(C, K)``.
+        added: ``(K,)``, or of the result's shape, or None for nothing.
 
     Returns:
         ``(M, K)`` or ``(N, K, L)``.
     """
     if x.dim() == 2:
-        return torch.addmm(added, x, table)
+        return x @ table if added is None else torch.addmm(added, x, table)
     # Not baddbmm, which starts its sums at what is added: a large constant would cost them digits.
-    return torch.bmm(table.T.expand(len(x), -1, -1), x).add_(along_features(added, x))
+    out = torch.bmm(table.T.expand(len(x), -1, -1), x)
+    return out if added is None else out.add_(along_features(added, x))
 
 
 def along_features(row: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class Densities(NamedTuple):
     def log(self, centered: Tensor) -> Tensor:
         """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from; ``(N, K, L)`` of ``(N, C, L)``."""
         bounded = centered.clamp(-self.reach, self.reach)
-        return plus_product(plus_product(self.constant, bounded.square(), self.squared), bounded, self.linear)
+        return product(bounded, self.linear, product(bounded.square(), self.squared, self.constant))
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

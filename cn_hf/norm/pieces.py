@@ -20,7 +20,7 @@ from cn_hf.norm.combination import (
     component_statistics_of_pieces,
     weighted_sum,
 )
-from cn_hf.norm.em import Densities, along_features, plus_product
+from cn_hf.norm.em import Densities, along_features, product
 from cn_hf.norm.layout import lies_in_rows
 
 __all__ = ["MixtureKept", "combine", "mixture_norm", "mixture_norm_backward"]
@@ -121,18 +121,18 @@ def _combine(
     source = pieces.arranged(x)
     kept: tuple[Tensor, Tensor] | None = None
 
-    def centered(cut: Cut) -> Tensor:
+    def centered(cut: Cut, point: Tensor = shift) -> Tensor:
         part = pieces.read(source, cut, shift.dtype)
-        return part - along_features(shift, part)
+        return part - along_features(point, part)
 
     if statistics is None:
         log_tau = pieces.empty(len(densities.constant), shift)
         for cut in pieces.cuts:
             pieces.write(log_tau, cut, densities.log(centered(cut)).log_softmax(dim=1))
-        parts = ((centered(cut), pieces.read(log_tau, cut, shift.dtype)) for cut in pieces.cuts)
-        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=shift.dtype) - shift
-        mean, var, log_total = component_statistics_of_pieces(parts, middle)
-        statistics, kept = (mean, var), (log_tau, log_total)
+        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=shift.dtype)
+        parts = ((centered(cut, middle), pieces.read(log_tau, cut, shift.dtype)) for cut in pieces.cuts)
+        mean, var, log_total = component_statistics_of_pieces(parts)
+        statistics, kept = (mean + (middle - shift), var), (log_tau, log_total)
     combination = Combination.of(*statistics, eps)
     out = pieces.empty(x.shape[feature_dim], x)
     for cut in pieces.cuts:
@@ -195,19 +195,17 @@ def mixture_norm_backward(
 
     slope = by_mean - 2 * by_var * center
     level = (by_var * (center.square() - var) - by_mean * center).sum(dim=1)
-    none = torch.zeros_like(level)
     out = pieces.empty(x.shape[feature_dim], x)
     for cut in pieces.cuts:
         vectors, through, logs, coefficient = parts(cut)
         share = (logs - along_features(log_total, logs)).exp()
-        of_output = plus_product(plus_product(none, through * vectors, factor.T), through, -(factor * center).T)
-        of_statistics = plus_product(plus_product(level, vectors.square(), by_var.T), vectors, slope.T)
+        of_output = product(through, -(factor * center).T, product(through * vectors, factor.T))
+        of_statistics = product(vectors, slope.T, product(vectors.square(), by_var.T, level))
         by_log_tau = coefficient * of_output + share * of_statistics
         by_joint = by_log_tau - logs.exp() * by_log_tau.sum(dim=1, keepdim=True)
         bounded = vectors.clamp(-reach, reach)
-        zero = torch.zeros_like(shift)
-        by_bounded = bounded * plus_product(zero, by_joint, 2 * squared.T) + plus_product(zero, by_joint, linear.T)
-        through = through * plus_product(zero, coefficient, factor)
-        through = through + plus_product(zero, share, slope) + vectors * plus_product(zero, share, 2 * by_var)
-        pieces.write(out, cut, through + torch.where(bounded == vectors, by_bounded, 0))
+        by_bounded = torch.addcmul(product(by_joint, linear.T), bounded, product(by_joint, 2 * squared.T))
+        by_vectors = torch.addcmul(product(share, slope), vectors, product(share, 2 * by_var))
+        by_vectors.addcmul_(through, product(coefficient, factor))
+        pieces.write(out, cut, by_vectors.add_(by_bounded.masked_fill_(bounded != vectors, 0)))
     return pieces.restored(out), by_weight, by_bias
