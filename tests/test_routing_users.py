@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf.contexts import BrightnessContexts, ClusterContexts, ColumnContexts, OriginContexts, RuleContexts
 from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
+from cn_hf.patching.routing import router_of
 
 
 def vit(**options: Any) -> nn.Module:
@@ -204,6 +208,85 @@ def test_features_by_a_model_are_given_as_that_model() -> None:
     with pytest.raises(ConfigError, match=r"Unknown features 'model'.* or give a model that embeds images"):
         ClusterContexts(2, features="model")
     assert ClusterContexts(2, features=lambda x: F.avg_pool2d(x, 4).flatten(1)).options.features == "model"
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("inference", ["cn", "cn+"])
+def test_threads_that_share_a_model_keep_their_contexts(inference: str) -> None:
+    model = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5).eval(), inference=inference)
+    with torch.no_grad():
+        for parameter in cn_hf.context_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(1, 3, 160, 160)
+    expected = [model(x, context_ids=context).detach() for context in range(3)]
+    errors: list[float] = []
+
+    def work(context: int) -> None:
+        for _ in range(15):
+            errors.append(float((model(x, context_ids=context).detach() - expected[context]).abs().max()))
+
+    threads = [threading.Thread(target=work, args=(context,)) for context in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 45
+    assert max(errors) <= 1e-5
+
+
+def test_a_shared_lock_is_neither_copied_nor_pickled() -> None:
+    model = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5))
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    locks = {id(router_of(each).lock) for each in (model, *copies)}
+    assert len(locks) == 3
+    for each in copies:
+        each.eval()(torch.randn(1, 3, 160, 160), context_ids=0)
+
+
+# ------------------------------------------------------------------------------------------------ several inputs, names
+
+
+def test_ids_are_of_the_images_whatever_stands_before_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = small | {"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 1, "bos_token_id": 0}
+    config = transformers.CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8})
+    model = cn_hf.patch_model(transformers.CLIPModel(config).eval(), where=[r"vision_model\..*norm\d?"])
+    texts, images, ids = torch.randint(2, 20, (2, 6)), torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1])
+    out = model(input_ids=texts, pixel_values=images, context_ids=ids)
+    assert out.logits_per_image.shape == (5, 2)
+    with pytest.raises(ContextIdError, match="2 context_ids for a batch of 5"):
+        model(input_ids=texts, pixel_values=images, context_ids=ids[:2])
+
+
+class Named(nn.Module):
+    """A user's network whose own modules have the name of those that patching adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"normalizer": nn.LayerNorm(8), "linear": nn.Linear(8, 8)})
+        self.normalizer = nn.LayerNorm(8, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.normalizer(self.block["linear"](self.block["normalizer"](x)))
+        return out
+
+
+def test_modules_called_as_those_that_are_added() -> None:
+    plain = Named().eval()
+    state, x = {name: tensor.clone() for name, tensor in plain.state_dict().items()}, torch.randn(4, 8)
+    expected = plain(x)
+    model = cn_hf.patch_model(plain, num_contexts=2)
+    with torch.no_grad():
+        for parameter in cn_hf.context_parameters(model):
+            parameter.normal_()
+    assert model.load_state_dict(state).missing_keys == []
+    torch.testing.assert_close(model(x, context_ids=1), expected)
+    own = {id(parameter) for name, parameter in model.named_parameters() if name in state}
+    assert {name for name, p in model.named_parameters() if id(p) not in own} <= model.no_weight_decay()
+    assert not state.keys() & model.no_weight_decay()
 
 
 # -------------------------------------------------------------------------------------------------------- weight decay

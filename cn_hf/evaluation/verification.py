@@ -109,8 +109,8 @@ def evaluation_pairs(identities: Tensor, *, seed: int = 0, most: int = 10_000, v
 def _same_pairs(identities: Tensor, generator: torch.Generator) -> Tensor:
     """All pairs (P, 2) of one identity, in order; of many images of one, those of some drawn."""
     pairs = []
-    order, counts = identities.argsort(stable=True), identities.unique(return_counts=True)[1]
-    for images in order.split(counts.tolist()):
+    counts: list[int] = torch.bincount(torch.unique(identities, return_inverse=True)[1]).tolist()
+    for images in torch.split(identities.argsort(stable=True), counts):
         if len(images) > _MOST_IMAGES:
             images = images[torch.randperm(len(images), generator=generator)[:_MOST_IMAGES].sort().values]
         pairs.append(torch.combinations(images))
@@ -126,7 +126,7 @@ def _different_pairs(identities: Tensor, generator: torch.Generator) -> Tensor:
     else:
         drawn = torch.randint(count, (_MOST_PAIRS, 2), generator=generator)
         drawn = drawn[drawn[:, 0] < drawn[:, 1]]
-        ranks = (drawn[:, 0] * count + drawn[:, 1]).unique()
+        ranks: Tensor = torch.unique(drawn[:, 0] * count + drawn[:, 1])
         pairs = torch.stack([ranks // count, ranks % count], dim=1)
     return pairs[identities[pairs[:, 0]] != identities[pairs[:, 1]]]
 

@@ -17,7 +17,7 @@ from cn_hf.errors import ConfigError
 from cn_hf.hub.base_model import describe_base
 from cn_hf.hub.base_weights import base_origin
 from cn_hf.hub.preprocessing import input_size_of
-from cn_hf.patching import patch_report
+from cn_hf.patching import context_parameters, patch_report
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import router_of
 
@@ -58,7 +58,7 @@ def checkpoint_card(model: nn.Module, repo_id: str, *, norms_only: bool = False)
     """
     config = router_of(model).config
     base = describe_base(model)
-    added = sum(p.numel() for name, p in model.named_parameters() if ".normalizer." in name)
+    added = sum(p.numel() for p in context_parameters(model))
     facts = [
         f"- network: `{base['architecture']}` ({base['library']}), {_count(p.numel() for p in model.parameters())} "
         f"parameters, {added:,} of them added",

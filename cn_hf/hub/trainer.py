@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cn_hf.patching.routing import is_added
+from cn_hf.patching.routing import added_names
 
 __all__ = ["register"]
 
@@ -22,7 +22,8 @@ def register() -> None:
 
     @functools.wraps(names_of)
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
-        return [name for name in names_of(self, model) if not is_added(name)]
+        added = added_names(model)
+        return [name for name in names_of(self, model) if name not in added]
 
     get_decay_parameter_names.leaves_contexts_out = True  # type: ignore[attr-defined]  # functions take attributes
     Trainer.get_decay_parameter_names = get_decay_parameter_names

@@ -189,6 +189,7 @@ def qualified_name(norm_class: type) -> str:
 class Slot(Swapped):
     """A module with a normalizer: what all kinds of slots share."""
 
+    adds = "normalizer"
     normalizer: ContextNorm | DomainBatchNorm | FeatureBatchNorm | MixtureNorm
     router: ContextRouter
     near_sequence_first: bool = False  # attention nearby takes (L, N, C), so x may be so

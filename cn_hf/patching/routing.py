@@ -10,9 +10,10 @@ Shape legend: ``N`` samples, ``T`` contexts.
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar, Protocol, cast
 
@@ -35,6 +36,7 @@ __all__ = ["ContextRouter", "RoutedModel", "Swapped", "add_root_mixin", "router_
 class Swapped:
     """A module whose class was swapped in place for a subclass made at run time; pickles by how that class was made."""
 
+    adds: ClassVar[str | None] = None  # the name of the module that was added to it
     original_class: ClassVar[type[nn.Module]]
     recipe: ClassVar[tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]]
 
@@ -77,6 +79,7 @@ class ContextRouter:
         source: a context source for ``"predict"``, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
         pixel_std: standard deviation they were divided by.
+        lock: held by the thread whose call is running.
         observer: called with (slot, input, ids) before a slot normalises; used by ``calibrate``.
     """
 
@@ -90,6 +93,7 @@ class ContextRouter:
         self.pixel_std: tuple[float, ...] = (1.0,)
         self.observer: Callable[[Any, Tensor, Tensor | None], None] | None = None
         self.root: weakref.ref[nn.Module] | None = None
+        self.lock = threading.RLock()
 
     def _running(self) -> Tensor | None:
         if self.ids is not None:
@@ -199,12 +203,22 @@ class ContextRouter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles: not the running call, and the root only through its own ``__setstate__``."""
-        return self.__dict__ | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return kept | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, with a lock of its own."""
+        self.__dict__ |= state | {"lock": threading.RLock()}
 
 
-def is_added(name: str) -> bool:
-    """Whether a parameter or buffer of a patched model is one that patching added, by its name."""
-    return ".normalizer." in f".{name}"
+def added_names(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that patching added; of a plain model, none."""
+    added = {
+        f"{name}.{module.adds}." if name else f"{module.adds}."
+        for name, module in model.named_modules()
+        if isinstance(module, Swapped) and module.adds
+    }
+    return {name for name in model.state_dict(keep_vars=True) if name.startswith(tuple(added))}
 
 
 def router_of(model: nn.Module) -> ContextRouter:
@@ -244,8 +258,7 @@ class RoutedModel(Swapped):
         """Names timm's optimizers give no weight decay: the model's own and the parameters CN added."""
         inherited = getattr(super(), "no_weight_decay", None)
         names = set() if inherited is None else set(inherited())
-        parameters = self.named_parameters()  # type: ignore[attr-defined]  # of nn.Module
-        return names | {name for name, _ in parameters if is_added(name)}
+        return names | added_names(cast(nn.Module, self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, and wire the router to the new object."""
@@ -256,9 +269,11 @@ class RoutedModel(Swapped):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # of nn.Module
         # Slots see a plain checkpoint by their own keys; those without tensors of their own cannot.
-        own = {prefix + key for key in self.state_dict() if not is_added(key)}  # type: ignore[attr-defined]
-        if own <= state_dict.keys() and not any(".normalizer." in key for key in state_dict if key.startswith(prefix)):
-            for name, module in self.named_modules():  # type: ignore[attr-defined]  # of nn.Module
+        model = cast(nn.Module, self)
+        added = {prefix + key for key in added_names(model)}
+        own = {prefix + key for key in model.state_dict()} - added
+        if own <= state_dict.keys() and not added & state_dict.keys():
+            for name, module in model.named_modules():
                 if hasattr(module, "start_anew") and not any(key.startswith(f"{prefix}{name}.") for key in own):
                     module.start_anew(state_dict, f"{prefix}{name}.")
 
@@ -379,7 +394,8 @@ def _route(
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, *kwargs.values()):
+    named = kwargs.get("pixel_values")  # of several inputs, that of the images
+    for value in (named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
         if isinstance(value, Mapping):  # such as patches and their places
@@ -397,14 +413,15 @@ def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None) -> Any:
-    if router.backward_ids is not None and not recomputing():
-        router.backward_ids = None  # left by a backward that failed
-    previous = router.ids
-    router.ids = ids
-    try:
-        output = call()
-    finally:
-        router.ids = previous
+    with nullcontext() if torch.compiler.is_compiling() else router.lock:  # threads that share a model take turns
+        if router.backward_ids is not None and not recomputing():
+            router.backward_ids = None  # left by a backward that failed
+        previous = router.ids
+        router.ids = ids
+        try:
+            output = call()
+        finally:
+            router.ids = previous
     if ids is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _restore_in_backward(router, output, ids)
     return output
@@ -430,7 +447,7 @@ def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> Non
 
 @contextmanager
 def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
-    """Give every call inside the ``with`` block these ids, for callers that cannot pass the keyword.
+    """Give every call inside the ``with`` block these ids, in all threads, for callers that cannot pass the keyword.
 
     For ``forward_features``, ``forward_intermediates``, pipelines. With activation checkpointing, keep ``backward``
     inside the block.
