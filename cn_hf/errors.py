@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "CnHfError",
     "ConfigError",
+    "ConfigTypeError",
     "ContextIdError",
     "ContextSourceError",
     "DatasetError",
@@ -37,6 +38,10 @@ class CnHfError(Exception):
 
 class ConfigError(CnHfError, ValueError):
     """An option is unknown or out of range."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """An option has the wrong type."""
 
 
 class ContextIdError(CnHfError, ValueError):
@@ -91,6 +96,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Words for an error message: the valid name nearest to ``name`` if one is near, then the valid names."""
     options = sorted(known)
     close = difflib.get_close_matches(name, options[:_MOST_COMPARED], n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"did you mean {close[0]!r}? Valid" if close else "valid"
     more = f" and {len(options) - _MOST_TOLD} more" if len(options) > _MOST_TOLD else ""
-    return f"{hint}Valid: {', '.join(map(repr, options[:_MOST_TOLD]))}{more}."
+    return f"{hint}: {', '.join(map(repr, options[:_MOST_TOLD]))}{more}."

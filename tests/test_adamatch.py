@@ -397,7 +397,7 @@ def test_domain_batch_norm_of_nothing_and_of_half() -> None:
     assert norm.num_batches_tracked.tolist() == [1, 1], "as before"
     with pytest.raises(ConfigError, match="num_contexts must be at least 1"):
         DomainBatchNorm(3, 0)
-    with pytest.raises(ConfigError, match="momentum must lie"):
+    with pytest.raises(ConfigError, match="momentum must be a number"):
         DomainBatchNorm(3, 2, momentum=0)
 
 

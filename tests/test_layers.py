@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import cn_hf
 from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputShapeError
-from cn_hf.norm import ContextNorm
+from cn_hf.norm import ContextNorm, MixtureNorm
 
 PARAMETRIZATIONS = ("embedder", "table")
 ACTIVATIONS = ("softplus", "exp")
@@ -638,3 +642,34 @@ def test_inside_a_network_in_every_mode() -> None:
     torch.testing.assert_close(net.eval()(x), net.conv(x), atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(net(x), net(x, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ContextNorm(4, "3", feature_dim=1), "num_contexts must be an integer of at least 1, received '3'"),
+        (lambda: ContextNorm(4.0, 3, feature_dim=1), "num_features must be an integer"),
+        (lambda: ContextNorm(True, 3, feature_dim=1), "num_features must be an integer"),
+        (lambda: ContextNorm(4, 3, feature_dim="1"), "feature_dim must be 1"),
+        (lambda: ContextNorm(4, 3, feature_dim=1, eps="a"), "eps must be a number"),
+        (lambda: ContextNorm(4, 3, feature_dim=1, embedding_dim=1.5), "embedding_dim must be an integer"),
+        (lambda: ContextNorm(4, 3, feature_dim=1, init=None), "init must be a string, received None"),
+        (lambda: MixtureNorm(4, num_components=2.5), "num_components must be an integer"),
+        (lambda: cn_hf.ContextNormConfig(num_contexts="3"), "num_contexts must be an integer"),
+        (lambda: cn_hf.ContextNormConfig(context_names="day"), "context_names must be a list"),
+        (lambda: cn_hf.ContextNormConfig(mode=3), "mode must be a string"),
+        (lambda: cn_hf.ContextNormConfig(where=[3]), "where must be"),
+        (lambda: ContextNorm(4, 3, feature_dim=1)(None, 0), "ContextNorm takes a tensor, received NoneType"),
+    ],
+)
+def test_wrong_types_are_type_errors(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message) as caught:
+        build()
+    assert isinstance(caught.value, cn_hf.CnHfError)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = cn_hf.ContextNormConfig(num_contexts=np.int64(3))
+    assert json.dumps(config.to_dict())
+    layer = ContextNorm(np.int64(4), np.int64(2), feature_dim=1, eps=np.float32(1e-3))
+    assert layer(torch.randn(2, 4), 1).shape == (2, 4)

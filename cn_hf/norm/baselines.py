@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.norm.choices import check_integer, check_number
 from cn_hf.norm.em import (
     Mixture,
     data_shift,
@@ -79,18 +80,13 @@ class MixtureNorm(FeatureNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, feature_dim, eps, affine, device, dtype)
-        if num_components < 1:
-            raise ConfigError(f"num_components must be at least 1, received {num_components}.")
-        if not 0 < momentum <= 1:
-            raise ConfigError(f"momentum must lie in (0, 1], received {momentum}.")
-        for name, value, least in (
-            ("em_iterations", em_iterations, 1),
-            ("seed_iterations", seed_iterations, 0),
-            ("max_vectors", max_vectors, 1),
-            ("reg_covar", reg_covar, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, received {value}.")
+        check_integer("num_components", num_components, 1)
+        check_integer("em_iterations", em_iterations, 1)
+        check_integer("seed_iterations", seed_iterations, 0)
+        check_integer("max_vectors", max_vectors, 1)
+        check_number("momentum", momentum, 1, inclusive=True)
+        if reg_covar < 0:
+            raise ConfigError(f"reg_covar must be at least 0, received {reg_covar}.")
         self.num_components = num_components
         self.momentum = momentum
         self.em_iterations = em_iterations

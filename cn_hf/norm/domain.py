@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
+from cn_hf.errors import ContextIdError, InputShapeError
+from cn_hf.norm.choices import check_integer, check_number
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.norm.formulas import along
 from cn_hf.norm.ids import ContextIds
@@ -60,10 +61,8 @@ class DomainBatchNorm(FeatureNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, feature_dim, eps, False, device, dtype)
-        if num_contexts < 1:
-            raise ConfigError(f"num_contexts must be at least 1, received {num_contexts}.")
-        if not 0 < momentum <= 1:
-            raise ConfigError(f"momentum must lie in (0, 1], received {momentum}.")
+        check_integer("num_contexts", num_contexts, 1)
+        check_number("momentum", momentum, 1, inclusive=True)
         self.num_contexts = num_contexts
         self.momentum = momentum
         self.affine = affine

@@ -66,6 +66,8 @@ def resolve_context_ids(
         ids = ids.long()
     if ids.shape[0] != batch_size:
         raise ContextIdError(f"Received {ids.shape[0]} context_ids for a batch of {batch_size} samples; give one each.")
+    if ids.is_meta and device.type != "meta":
+        raise ContextIdError(f"context_ids are on the meta device, without values, and the model is on {device}.")
     if not torch.compiler.is_compiling():
         _check_values(ids, num_contexts)
     return ids if ids.device == device else ids.to(device, non_blocking=True)
@@ -94,7 +96,7 @@ def as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContextIdError(
             f"context_ids must be an integer tensor (N,), float weights (N, T), an int, a name or a list of these, "
-            f"received {type(context_ids).__name__}."
+            f"received {type(context_ids).__name__}: {error}"
         ) from error
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, ContextIdError, InputShapeError
-from cn_hf.norm.choices import check_choice
+from cn_hf.errors import ConfigError, ConfigTypeError, ContextIdError, InputShapeError, InputTypeError
+from cn_hf.norm.choices import check_choice, check_integer, check_number
 from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
@@ -30,12 +30,16 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_feature_dim(feature_dim: int) -> None:
     """Raise ``ConfigError`` if the feature axis is the batch axis."""
+    if isinstance(feature_dim, bool) or not isinstance(feature_dim, int):
+        raise ConfigTypeError(f"feature_dim must be 1 for NCHW maps or -1 for tokens, received {feature_dim!r}.")
     if feature_dim == 0:
         raise ConfigError("feature_dim=0 is the batch axis; use 1 for NCHW maps or -1 for tokens.")
 
 
 def check_features(norm: Any, x: Tensor) -> None:
     """Raise ``InputShapeError`` unless ``x`` is a batch with the features of ``norm`` along its feature axis."""
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"{type(norm).__name__} takes a tensor, received {type(x).__name__}.")
     if x.dim() < 2 or x.shape[norm.feature_dim] != norm.num_features:
         raise InputShapeError(
             f"{type(norm).__name__} expects {norm.num_features} features along axis {norm.feature_dim} of a batch, "
@@ -67,11 +71,9 @@ class FeatureNorm(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ConfigError(f"num_features must be at least 1, received {num_features}.")
+        check_integer("num_features", num_features, 1)
         check_feature_dim(feature_dim)
-        if not eps > 0:
-            raise ConfigError(f"eps must be positive, received {eps}.")
+        check_number("eps", eps, math.inf, inclusive=False)
         self.num_features = num_features
         self.feature_dim = feature_dim
         self.eps = eps
@@ -149,8 +151,7 @@ class ContextNorm(FeatureNorm):
         }
         for option, value in options.items():
             check_choice(option, value)
-        if num_contexts < 1:
-            raise ConfigError(f"num_contexts must be at least 1, received {num_contexts}.")
+        check_integer("num_contexts", num_contexts, 1)
         if init == "identity" and eps >= 1:
             raise ConfigError(f"init='identity' needs variance + eps = 1 with a positive variance; eps is {eps}.")
         self.num_contexts = num_contexts
@@ -167,8 +168,7 @@ class ContextNorm(FeatureNorm):
 
         if parametrization == "embedder":
             d = min(num_contexts, 64) if embedding_dim is None else embedding_dim
-            if d < 1:
-                raise ConfigError(f"embedding_dim must be at least 1, received {d}.")
+            check_integer("embedding_dim", d, 1)
             self.embedding_dim: int | None = d
             self.embedding = new(num_contexts, d)  # W_r, one row a context
             self.embedding_bias = new(d)

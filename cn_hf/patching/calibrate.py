@@ -100,6 +100,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
         ConfigError: the embedder cannot hold the rows, without ``approximate``; the model is unchanged.
         ContextIdError: a batch has no ids, or invalid ones.
         PatchError: the model is not patched, or with a baseline; or the data holds no sample.
+        InputTypeError: ``batches`` is no iterable.
     """
     router = router_of(model)
     slots = [slot for _, slot in own_slots(model)]
@@ -107,6 +108,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, approximate: bool = F
         raise PatchError(
             f"calibrate needs context normalization; the model was patched with mode={router.config.mode!r}."
         )
+    if not isinstance(batches, Iterable):
+        raise InputTypeError(f"batches must be an iterable of (input, context_ids), received {type(batches).__name__}.")
     data = list(batches) if isinstance(batches, Iterator) else batches
     if isinstance(data, Sized) and len(data) == 0:
         raise PatchError("calibrate received no batch.")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cn_hf.errors import ConfigError, nearest
-from cn_hf.norm.choices import CHOICES, check_choice
+from cn_hf.errors import ConfigError, ConfigTypeError, nearest
+from cn_hf.norm.choices import CHOICES, check_choice, check_integer, check_number
 
 __all__ = ["BASELINES", "CN_MODES", "MODES", "ContextNormConfig"]
 
@@ -75,32 +75,30 @@ class ContextNormConfig:
         for option in ("parametrization", "variance_activation", "init", "plus_stats", "plus_scale"):
             check_choice(option, getattr(self, option))
         for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):
-            self._check_integer(option, least)
+            if getattr(self, option) is not None or option != "embedding_dim":
+                check_integer(option, getattr(self, option), least)
+                object.__setattr__(self, option, int(getattr(self, option)))  # numpy's are no JSON
         for option in ("affine", "keep_statistics", "sparse"):
             if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"{option} must be true or false, received {getattr(self, option)!r}.")
+                raise ConfigTypeError(f"{option} must be true or false, received {getattr(self, option)!r}.")
         if self.context_names is not None:
             self._check_names()
         if self.where is not None and not isinstance(self.where, str):
-            if not isinstance(self.where, (list, tuple)) or not self.where or not _all_strings(self.where):
-                raise ConfigError(f"where must be a keyword or a list of module names, received {self.where!r}.")
+            if not isinstance(self.where, (list, tuple)) or not _all_strings(self.where):
+                raise ConfigTypeError(f"where must be a keyword or a list of module names, received {self.where!r}.")
+            if not self.where:
+                raise ConfigError("where must be a keyword or a list of module names, received an empty list.")
             object.__setattr__(self, "where", tuple(self.where))
-        if self.eps is not None and not (_is_number(self.eps) and 0 < self.eps < 1):
-            raise ConfigError(f"eps must be a number between 0 and 1, received {self.eps!r}.")
-        if not (_is_number(self.momentum) and 0 < self.momentum <= 1):
-            raise ConfigError(f"momentum must be a number in (0, 1], received {self.momentum!r}.")
-
-    def _check_integer(self, option: str, least: int) -> None:
-        value = getattr(self, option)
-        if value is None and option == "embedding_dim":
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{option} must be an integer of at least {least}, received {value!r}.")
+        if self.eps is not None:
+            check_number("eps", self.eps, 1, inclusive=False)
+        check_number("momentum", self.momentum, 1, inclusive=True)
 
     def _check_names(self) -> None:
         names = self.context_names
         if not isinstance(names, (list, tuple)) or not _all_strings(names):
-            raise ConfigError(f"context_names must be a list of strings, received {names!r}.")
+            raise ConfigTypeError(f"context_names must be a list of strings, received {names!r}.")
+        if "" in names:
+            raise ConfigError(f"context_names must not be empty, received {list(names)}.")
         object.__setattr__(self, "context_names", tuple(names))
         if len(set(names)) != len(names):
             raise ConfigError(f"context_names must differ from each other, received {list(names)}.")
@@ -132,10 +130,6 @@ class ContextNormConfig:
             ConfigError: a key is unknown or a value out of range.
         """
         return cls(**_known(values))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _all_strings(values: Iterable[object]) -> bool:

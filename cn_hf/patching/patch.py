@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from cn_hf.errors import CnHfError, ConfigError, InputTypeError, PatchError
+from cn_hf.errors import CnHfError, ConfigTypeError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
@@ -130,7 +130,7 @@ def _build_config(
             given[name] = value
     if context_names is not None:
         if isinstance(context_names, str) or not isinstance(context_names, Sequence):
-            raise ConfigError(f"context_names must be a list of names, received {context_names!r}.")
+            raise ConfigTypeError(f"context_names must be a list of names, received {context_names!r}.")
         given["context_names"] = tuple(context_names)
         given.setdefault("num_contexts", len(given["context_names"]))
     return base.replace(**given)

@@ -101,6 +101,9 @@ def restyle(
         ConfigError: float images lie far outside of the range that the model's pixel mean and std say.
     """
     norm, router = input_norm(model, slot), router_of(model)
+    if target is None:
+        names = list(router.config.context_names or range(router.config.num_contexts))
+        raise ContextIdError(f"target must be the context that images are to look like, one of {names}; received None.")
     if isinstance(images, Tensor):
         _check_tensor(images, norm)
         batch = images if images.ndim == 4 else images[None]
