@@ -323,6 +323,11 @@ def test_images_that_are_none_are_refused() -> None:
         restyle(model_of(channels=2), PIL.Image.fromarray(photograph()))
 
 
+def test_a_target_that_is_none_is_refused() -> None:
+    with pytest.raises(ContextIdError, match="context_ids must be .* received NoneType"):
+        restyle(model_of(), torch.zeros(1, 3, 4, 4), "day", None)  # type: ignore[arg-type]  # what is tested
+
+
 def test_floats_of_another_scale_are_refused() -> None:
     model = model_of()
     with pytest.raises(ConfigError, match=r"between -2 \(black\) and 3 \(white\); received 0 to 200.*clip=False"):

@@ -101,9 +101,6 @@ def restyle(
         ConfigError: float images lie far outside of the range that the model's pixel mean and std say.
     """
     norm, router = input_norm(model, slot), router_of(model)
-    if target is None:
-        names = list(router.config.context_names or range(router.config.num_contexts))
-        raise ContextIdError(f"target must be the context that images are to look like, one of {names}; received None.")
     if isinstance(images, Tensor):
         _check_tensor(images, norm)
         batch = images if images.ndim == 4 else images[None]
@@ -113,12 +110,13 @@ def restyle(
     listed = cast("Sequence[Image]", [images] if single else images)
     pictures = [Picture.of(image, norm.num_features) for image in listed]
     device = next(iter(norm.parameters())).device
-    sources, targets = _listed(router, source, len(pictures)), _listed(router, target, len(pictures))
+    sources = None if source is None else _listed(router, source, len(pictures))
+    targets = _listed(router, target, len(pictures))
     finished: dict[int, Any] = {}
     for places, pixels in groups_of_one_size(pictures):
         batch = pixels.to(device)
         chosen = None if sources is None else sources[places]
-        ids = _both_ids(router, batch, chosen, cast(Tensor, targets)[places])
+        ids = _both_ids(router, batch, chosen, targets[places])
         restyled = _restyle_batch(norm, router, batch, *ids, clip).cpu()
         finished |= {place: pictures[place].with_pixels(new) for place, new in zip(places, restyled, strict=True)}
     return finished[0] if single else [finished[place] for place in range(len(pictures))]
@@ -160,10 +158,8 @@ def _check_tensor(images: Tensor, norm: ContextNorm) -> None:
         )
 
 
-def _listed(router: ContextRouter, ids: ContextIds | None, count: int) -> Tensor | None:
+def _listed(router: ContextRouter, ids: ContextIds, count: int) -> Tensor:
     """Hard ids of ``count`` images, on the CPU."""
-    if ids is None:
-        return None
     resolved = router.resolve(ids, count, torch.device("cpu"))
     if resolved.is_floating_point():
         raise ContextIdError("Restyling is between single contexts: give names or ids, not weights.")
@@ -174,10 +170,8 @@ def _both_ids(
     router: ContextRouter, batch: Tensor, source: ContextIds | None, target: ContextIds
 ) -> tuple[Tensor, Tensor]:
     """Ids of the contexts that the images of a batch are of and go to, on its device."""
-    sources, targets = _listed(router, source, len(batch)), cast(Tensor, _listed(router, target, len(batch)))
-    if sources is None:
-        sources = router.predicted_ids(batch)
-    return sources.to(batch.device), targets.to(batch.device)
+    sources = router.predicted_ids(batch) if source is None else _listed(router, source, len(batch))
+    return sources.to(batch.device), _listed(router, target, len(batch)).to(batch.device)
 
 
 def _restyle_batch(
