@@ -324,7 +324,7 @@ def test_images_that_are_none_are_refused() -> None:
 
 
 def test_a_target_that_is_none_is_refused() -> None:
-    with pytest.raises(ContextIdError, match="context_ids must be .* received NoneType"):
+    with pytest.raises(ContextIdError, match=r"context_ids must be .* received NoneType"):
         restyle(model_of(), torch.zeros(1, 3, 4, 4), "day", None)  # type: ignore[arg-type]  # what is tested
 
 
