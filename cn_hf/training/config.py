@@ -201,7 +201,9 @@ class TrainingConfig:
         if self.schedule == "step" and not self.step_epochs:
             raise ConfigError("schedule 'step' needs step_epochs, e.g. 60 80")
         if self.warmup_epochs > self.epochs:
-            raise ConfigError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}")
+            raise ConfigError(
+                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}: give fewer (--warmup-epochs)"
+            )
         if self.minimum_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"minimum_learning_rate {self.minimum_learning_rate:g} is above learning_rate {self.learning_rate:g}"
