@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -68,6 +69,30 @@ def test_peak_memory_of_a_gpu() -> None:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
     assert out_of_memory(raised.value)
+
+
+FREED = """
+import resource, torch
+from cn_hf.training.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back, kept = faults(), keep_freed_memory()
+faults()
+print(int(kept), given_back, faults())
+"""
+
+
+def test_freed_memory_is_kept() -> None:
+    run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    kept, before, after = map(int, run.stdout.split())
+    if not kept:
+        pytest.skip(f"the C library of {platform.platform()} has no mallopt")
+    assert after < before / 20, (before, after)
 
 
 @pytest.mark.parametrize(

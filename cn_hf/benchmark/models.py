@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
 def networks(settings: Settings) -> list[Network]:
     """The ViT and the ResNet, with batches that a CPU can take; the ResNet takes too long there for a quick run."""
-    vit, resnet = settings.of(full=(8, 4), quick=(2, 2), smoke=(2, 2), gpu=(128, 128))
+    vit, resnet = settings.of(full=(8, 16), quick=(2, 2), smoke=(2, 2), gpu=(128, 128))
     side = settings.of(full=224, quick=64, smoke=32, gpu=224)
     found = [Network("vit_small_patch16_224", "cn-patches", vit, side, 0.97)]
     if settings.size != "quick" or settings.on_gpu:
