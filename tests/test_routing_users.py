@@ -259,6 +259,12 @@ def test_ids_are_of_the_images_whatever_stands_before_them() -> None:
     assert out.logits_per_image.shape == (5, 2)
     with pytest.raises(ContextIdError, match="2 context_ids for a batch of 5"):
         model(input_ids=texts, pixel_values=images, context_ids=ids[:2])
+    whole = cn_hf.patch_model(transformers.CLIPModel(config).eval())
+    texts = torch.randint(2, 20, (10, 6))
+    with pytest.raises(ContextIdError, match="5 context_ids, one an image, met 10 texts"):
+        whole(input_ids=texts, pixel_values=images, context_ids=ids)
+    assert whole(input_ids=texts, pixel_values=images, context_ids=1).logits_per_image.shape == (5, 10)
+    assert whole(input_ids=texts[:5], pixel_values=images, context_ids=ids).logits_per_image.shape == (5, 5)
 
 
 class Named(nn.Module):

@@ -75,6 +75,7 @@ class ContextRouter:
         config: the model's configuration.
         ids: checked ids of the running call, or None.
         backward_ids: ids of the call whose part of the graph runs backward, for activation checkpointing, or None.
+        num_texts: in the running call, of a model that takes images and texts, or None.
         default: ids of the enclosing ``use_contexts``, or None.
         source: a context source for ``"predict"``, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
@@ -87,6 +88,7 @@ class ContextRouter:
         self.config = config
         self.ids: Tensor | None = None
         self.backward_ids: Tensor | None = None
+        self.num_texts: int | None = None
         self.default: Tensor | None = None
         self.source: ContextSourceLike | None = None
         self.pixel_mean: tuple[float, ...] = (0.0,)
@@ -130,6 +132,11 @@ class ContextRouter:
             ids = ids.to(x.device)
         if ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
             return ids
+        if x.shape[0] == self.num_texts:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids, one an image, met {self.num_texts} texts: patch the layers that images "
+                "pass through alone (where=[...]), or give one id for all."
+            )
         if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
             raise ContextIdError(
                 f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)}, whose leading dimension is "
@@ -365,7 +372,9 @@ def _route(
         given = cast(Tensor, router.default) if ids is None else as_tensor(ids, config.context_names)
         alike = given.dim() == 0 or (ids is None and len(given) == 1)  # of all samples, however many a part has
         resolved = router.resolve(given, 1 if alike else first.shape[0], first.device)
-        return _run(router, lambda: forward(model, *args, **kwargs), resolved)
+        texts = kwargs.get("input_ids")
+        num_texts = len(texts) if isinstance(texts, Tensor) and texts is not first else None
+        return _run(router, lambda: forward(model, *args, **kwargs), resolved, num_texts)
     if model.training:
         raise ContextIdError(
             "Training needs context_ids: pass model(..., context_ids=ids), one id a sample "
@@ -412,16 +421,16 @@ def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return _first_tensor(args, kwargs)
 
 
-def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None) -> Any:
+def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None, num_texts: int | None = None) -> Any:
     with nullcontext() if torch.compiler.is_compiling() else router.lock:  # threads that share a model take turns
         if router.backward_ids is not None and not recomputing():
             router.backward_ids = None  # left by a backward that failed
-        previous = router.ids
-        router.ids = ids
+        previous = router.ids, router.num_texts
+        router.ids, router.num_texts = ids, num_texts
         try:
             output = call()
         finally:
-            router.ids = previous
+            router.ids, router.num_texts = previous
     if ids is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _restore_in_backward(router, output, ids)
     return output
