@@ -13,7 +13,7 @@ from typing import Any
 
 from cn_hf.errors import CheckpointError
 
-__all__ = ["read_description", "sha256_of", "write_whole", "written_whole"]
+__all__ = ["read_description", "sha256_of", "write_json", "write_whole", "written_whole"]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 
@@ -48,6 +48,16 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write ``value`` to ``path`` as JSON to be read by people, whole or not at all.
+
+    Raises:
+        TypeError: it has no JSON form; nothing is written.
+        OSError: the folder cannot be written to, or is full; a file that was there before is untouched.
+    """
+    return write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

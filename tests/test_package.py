@@ -17,11 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
 # errors <- norm <- {patching, contexts}; contexts <- data; models stands alone; the rest as listed. What
-# points down a chain may point to its end. `files` is a leaf beside `errors`; `registration` imports by name what a
-# library that is being imported needs.
-LEAVES = {"errors", "files", "registration"}
+# points down a chain may point to its end. `devices` and `files` are leaves beside `errors`; `registration` imports by
+# name what a library that is being imported needs.
+LEAVES = {"devices", "errors", "files", "registration"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "devices": {"errors"},
     "files": {"errors"},
     "registration": set(),
     "norm": {"errors"},

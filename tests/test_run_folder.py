@@ -8,7 +8,7 @@ import pytest
 
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.run_folder import RESULTS, claim_folder
+from cn_hf.training.run_folder import RESULTS, check_folder, claim_folder
 
 CONFIG = TrainingConfig(model="x", learning_rate=0.1)
 
@@ -88,3 +88,12 @@ def test_a_file_in_the_folder_s_place(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written to"):
         claim_folder(tmp_path / "run", CONFIG)
+
+
+def test_a_check_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    assert check_folder(tmp_path, CONFIG) is False
+    assert not list(tmp_path.iterdir())
+    claim_folder(tmp_path, CONFIG)
+    (tmp_path / "checkpoints").mkdir()
+    assert check_folder(tmp_path, CONFIG.replace(epochs=7), overwrite=True) is False
+    assert (tmp_path / "checkpoints").is_dir()

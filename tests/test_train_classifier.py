@@ -345,6 +345,17 @@ def test_bad_input_is_one_message(
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "results.json").exists()
     assert not (tmp_path / "run" / "checkpoint").exists()
+    # The corrected command is not refused: the folder is the run's from its first step on.
+    assert (tmp_path / "run" / "run.json").exists() == (message == "at step")
+
+
+def test_a_typo_does_not_cost_the_run_that_is_to_be_overwritten(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(capsys, options(parquet, tmp_path / "run"))[0] == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert run_script(capsys, [*options(parquet, tmp_path / "run", contexts="column:tmie"), "--overwrite"])[0] == 1
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
 
 
 def test_missing_dataset_and_folder(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ workers start, do not count, and the workers have more batches before them than 
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 import warnings
@@ -24,6 +23,7 @@ from cn_hf.benchmark.rows import SPEED, Row, Trial, compared
 from cn_hf.benchmark.scale import drawn_images
 from cn_hf.benchmark.settings import Settings
 from cn_hf.benchmark.timing import in_turn, wait
+from cn_hf.devices import usable_cores
 
 if TYPE_CHECKING:
     from cn_hf.data import Batches, PreparedData
@@ -71,8 +71,7 @@ def _small_plan(settings: Settings) -> Plan:
 
 
 def _jpeg_plan(settings: Settings) -> Plan:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 16)
+    workers = min(usable_cores(), 16)
     model = settings.of(full="resnet18", quick="resnet18", smoke="test_resnet", gpu="resnet50")
     batch, times = settings.of(full=(4, 4), quick=(4, 4), smoke=(2, 1), gpu=(128, 2))
     return Plan(model=model, side=SIDE, batch=batch, skipped=workers, counted=times * workers, workers=workers)

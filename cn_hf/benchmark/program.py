@@ -6,8 +6,6 @@ import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from cn_hf.benchmark.report import (
 from cn_hf.benchmark.rows import Row, Trial
 from cn_hf.benchmark.sections import SECTIONS, chosen_sections, left_out
 from cn_hf.benchmark.settings import Settings
+from cn_hf.devices import torch_threads
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.files import write_whole
@@ -56,7 +55,7 @@ def run_benchmark(
     """
     names = chosen_sections(sections, settings)
     write_report(read_report(output_dir), output_dir)  # an error now rather than after the first section
-    with _threads(threads):
+    with torch_threads(threads):
         print(_title(settings))
         fine = True
         for name in names:
@@ -156,16 +155,3 @@ def _verdict(report: Report) -> str:
     return "\n- ".join(
         [f"{len(rows) - len(broken)} of {len(rows)} limits hold{'; not these:' if broken else ''}", *broken]
     )
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    if number is not None and number < 1:
-        raise ConfigError(f"threads must be at least 1, got {number}")
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

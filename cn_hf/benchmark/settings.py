@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from cn_hf.devices import available_device
 from cn_hf.errors import ConfigError, nearest
-from cn_hf.hub.device import available_device
 
 __all__ = ["SIZES", "NetworkOptions", "Settings", "usable_device"]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cn_hf.devices import torch_threads
 from cn_hf.norm.em import full_precision
 
 __all__ = ["BLOCK_ROWS", "Rows", "as_float", "map_chunks", "sum_chunks"]
@@ -145,11 +146,5 @@ def _over_stripes(
 
         if count == 1:
             return [stripe(0)]
-        with _THREADS_LOCK:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                with ThreadPoolExecutor(count) as pool:
-                    return list(pool.map(stripe, range(count)))
-            finally:
-                torch.set_num_threads(threads)
+        with _THREADS_LOCK, torch_threads(1), ThreadPoolExecutor(count) as pool:
+            return list(pool.map(stripe, range(count)))

@@ -8,7 +8,6 @@ Nothing in them is executed when read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import read_description, write_whole
+from cn_hf.files import read_description, write_json, write_whole
 
 __all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
@@ -47,7 +46,7 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
             data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
             content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
             write_whole(path / _tensors_file(content["tensors_sha256"]), data)
-        write_whole(path / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(path / CONFIG_FILE, content)
         kept = _tensors_file(content["tensors_sha256"]) if tensors else None
         for old in path.glob(_tensors_file("*")):
             if old.name != kept:

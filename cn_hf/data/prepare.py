@@ -69,6 +69,10 @@ class PreparedData:
     std: tuple[float, ...]
     skipped: dict[str, tuple[int, ...]]
 
+    def splits(self) -> dict[str, Batches]:
+        """The batches of the splits there are."""
+        return {name: batches for name in SPLITS if (batches := getattr(self, name)) is not None}
+
 
 def prepare_data(
     splits: Any,

@@ -12,6 +12,7 @@ from cn_hf.evaluation.coverage import BATCH_SIZE, Rows, chosen_timm_models
 from cn_hf.evaluation.coverage_transformers import TRANSFORMERS
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.evaluation.tables import markdown_table
+from cn_hf.files import write_whole
 
 __all__ = ["headline", "write_coverage"]
 
@@ -69,12 +70,9 @@ def write_coverage(rows: Rows, folder: Path) -> Path:
     Returns:
         The path of the Markdown file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     all_rows = list(rows.rows.values())
-    (folder / "coverage.json").write_text(json.dumps(_summary(all_rows), indent=1) + "\n")
-    path = folder / "coverage.md"
-    path.write_text(_markdown(all_rows))
-    return path
+    write_whole(folder / "coverage.json", (json.dumps(_summary(all_rows), indent=1) + "\n").encode())
+    return write_whole(folder / "coverage.md", _markdown(all_rows).encode())
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:

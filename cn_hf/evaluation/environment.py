@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cn_hf import __version__
+from cn_hf.devices import usable_cores
 
 __all__ = ["portable_command", "portable_path", "run_environment"]
 
@@ -47,7 +48,7 @@ def run_environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "device": _device_name(),
         "num_devices": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
         "cpu": _cpu_model(),
-        "cpu_cores": _usable_cores(),
+        "cpu_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -108,9 +109,3 @@ def _cpu_model() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -6,7 +6,6 @@ Rates are in percent in tables and in [0, 1] in JSON.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from cn_hf.errors import ConfigError, InputTypeError
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.evaluation.report import ProtocolReport, ProtocolRow, standard_error
-from cn_hf.files import write_whole
+from cn_hf.files import write_json
 
 __all__ = [
     "SMALL_SAMPLE",
@@ -189,8 +188,7 @@ def write_results(
         OSError: the folder cannot be written to; a file that was there before is untouched.
     """
     content = {**results, "environment": run_environment() if environment is None else environment}
-    text = json.dumps(_jsonable(content, "results"), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(path, f"{text}\n".encode())
+    return write_json(path, _jsonable(content, "results"))
 
 
 def _accuracy_cells(row: ProtocolRow, top_k: Sequence[int]) -> list[str]:

@@ -17,6 +17,7 @@ from cn_hf.errors import CheckpointError, ConfigError, nearest
 from cn_hf.evaluation.report import ProtocolRow
 from cn_hf.experiments.spec import Experiment, config_class
 from cn_hf.training.config import TrainingConfig
+from cn_hf.training.run_folder import RESULTS, RUN
 
 __all__ = [
     "Cell",
@@ -53,7 +54,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether it has left its results, which a run writes last."""
-        return (self.folder / "results.json").is_file()
+        return (self.folder / RESULTS).is_file()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +159,11 @@ def check_cells(cells: Sequence[Cell]) -> None:
         CheckpointError: What it holds cannot be read.
     """
     for cell in cells:
-        for name in ("results.json", "run.json"):
+        for name in (RESULTS, RUN):
             described = _read_json(cell.folder / name)
             if described is None:
                 continue
-            if differences := cell.config.differences(_config_of(described, cell.folder / name)):
-                listed = "; ".join(f"{option} was {then!r}, is {now!r}" for option, (then, now) in differences.items())
+            if listed := cell.config.differences_in_words(_config_of(described, cell.folder / name)):
                 raise ConfigError(
                     f"{cell.folder} holds a run of another protocol or budget ({listed}). Nothing was overwritten; "
                     "give another --output-dir, or remove that folder"
@@ -176,7 +176,7 @@ def read_result(cell: Cell) -> CellResult | None:
     Raises:
         CheckpointError: Its results cannot be read.
     """
-    file = cell.folder / "results.json"
+    file = cell.folder / RESULTS
     content = _read_json(file)
     if content is None:
         return None

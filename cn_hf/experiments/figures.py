@@ -29,6 +29,7 @@ from cn_hf.hub import from_pretrained
 from cn_hf.norm import ContextNorm
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import router_of
+from cn_hf.training.run_folder import CHECKPOINT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +145,7 @@ def plot_cell_contexts(cell: Cell, path: Path, *, title: str) -> Path:
     Raises:
         CheckpointError: The cell's checkpoint cannot be read.
     """
-    network = from_pretrained(cell.folder / "checkpoint")
+    network = from_pretrained(cell.folder / CHECKPOINT)
     name, slot = named_slots(network)[0]
     return plot_context_statistics(
         cast(ContextNorm, slot.normalizer),

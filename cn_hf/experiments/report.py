@@ -28,6 +28,7 @@ from cn_hf.experiments.summary import (
 )
 from cn_hf.files import write_whole
 from cn_hf.patching.config import CN_MODES
+from cn_hf.training.run_folder import RESULTS
 
 __all__ = ["check_report", "report_title", "write_report"]
 
@@ -49,7 +50,7 @@ def check_report(folder: Path, experiment: Experiment, budget: str) -> None:
         ConfigError: It is another experiment's, or of another budget.
         CheckpointError: ``results.json`` cannot be read.
     """
-    file = folder / "results.json"
+    file = folder / RESULTS
     if not file.exists():
         return
     try:
@@ -102,7 +103,7 @@ def write_report(
         figures = _draw(folder, results, title)
         text = _text(results, title, failures, figures)
         write_whole(folder / "table.md", f"{text}\n".encode())
-        write_results(folder / "results.json", _content(results, title, failures))
+        write_results(folder / RESULTS, _content(results, title, failures))
     except OSError as error:
         raise CheckpointError(f"the report cannot be written to {folder}: {error}") from error
     return text

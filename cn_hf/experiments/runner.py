@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from cn_hf.data import PreparedData
+from cn_hf.devices import torch_threads
 from cn_hf.errors import DivergedError, TrainingError
 from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, read_result, select_cells
 from cn_hf.experiments.report import check_report, write_report
@@ -30,6 +30,7 @@ from cn_hf.training.adamatch_data import load_adamatch_data
 from cn_hf.training.adamatch_run import train_adamatch
 from cn_hf.training.classifier import train_classifier
 from cn_hf.training.config import TrainingConfig
+from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.sources import data_options, load_data
 from cn_hf.training.supervised import make_accelerator
 
@@ -83,7 +84,7 @@ def reproduce_experiment(
     if not all(cell.finished for cell in chosen):
         check_datasets(places)
     accelerator = make_accelerator(chosen[0].config)
-    with _threads(experiment.budget(budget).threads):
+    with torch_threads(experiment.budget(budget).threads):
         failures = run_cells(name, chosen, accelerator)
     results = [result for cell in cells if (result := read_result(cell)) is not None]
     if accelerator.is_main_process:
@@ -162,17 +163,6 @@ class _SharedData:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many of torch's threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def _reserved(cell: Cell, accelerator: Accelerator) -> Iterator[str]:
     """Keep other commands away from a cell; gives "free", "finished" or "run by another process", the same everywhere.
 
@@ -215,7 +205,7 @@ def _outcome(cell: Cell) -> str:
 
 def _drop_checkpoints(cell: Cell) -> None:
     """A finished cell is never resumed, and its checkpoints are several times the size of what it leaves."""
-    shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _duration(seconds: float) -> str:

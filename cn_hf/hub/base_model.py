@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.convert import Slot
 from cn_hf.patching.patch import patch_model
 
-__all__ = ["TIMM_ARCHITECTURE", "build_base", "check_model_args", "describe_base"]
+__all__ = [
+    "TIMM_ARCHITECTURE",
+    "build_base",
+    "build_patched",
+    "check_model_args",
+    "describe_base",
+    "quietly",
+    "transformers_class",
+]
 
 TIMM_ARCHITECTURE = "context_norm"  # under which timm loads all patched checkpoints; no base model is called so
 _NOT_OF_THE_MODEL = {
@@ -125,11 +135,7 @@ def build_base(description: Mapping[str, Any], **timm_options: Any) -> nn.Module
         model: nn.Module = timm.create_model(architecture, **{"pretrained": False, **arguments, **timm_options})
         return model
     if library == "transformers":
-        import transformers
-
-        model_class = getattr(transformers, str(architecture), None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            raise CheckpointError(f"transformers has no model class {architecture!r}: update it, or pass model=.")
+        model_class = transformers_class(architecture)
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         values = dict(description["config"])
@@ -138,6 +144,38 @@ def build_base(description: Mapping[str, Any], **timm_options: Any) -> nn.Module
     raise CheckpointError(
         f"The checkpoint is of {architecture}, which neither timm nor transformers builds: pass model=, an instance."
     )
+
+
+def transformers_class(name: object) -> Any:
+    """The model class that transformers has under a name.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    import transformers
+
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(f"transformers has no model class {name!r}: update it, pass model= or use an Auto class.")
+    return found
+
+
+def build_patched(description: Mapping[str, Any], config: ContextNormConfig) -> nn.Module:
+    """``build_base`` patched, to be looked at: on the meta device where the constructors allow that."""
+    with quietly():
+        try:
+            with torch.device("meta"):
+                return patch_model(build_base(description), config=config)
+        except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
+            return patch_model(build_base(description), config=config)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Patch in the block without warnings: they were given when the model was first patched."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_model_args(arguments: Mapping[str, Any]) -> None:
@@ -153,11 +191,7 @@ def check_model_args(arguments: Mapping[str, Any]) -> None:
 
 def _try_out(model: Any, description: dict[str, Any]) -> None:
     try:
-        try:
-            with torch.device("meta"):
-                rebuilt = _rebuilt(model, description)
-        except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
-            rebuilt = _rebuilt(model, description)
+        rebuilt = build_patched(description, model.router.config)
     except (CheckpointError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"This model cannot be built again from {_words(description)}: {error!r}") from error
     own, new = _anatomy(model), _anatomy(rebuilt)
@@ -168,12 +202,6 @@ def _try_out(model: Any, description: dict[str, Any]) -> None:
                 f"and {own.get(name, 'absent')} here. Pass model_args={{...}}, the arguments it was created with; or, "
                 "where the model was changed after it was patched, change it first and patch it then."
             )
-
-
-def _rebuilt(model: Any, description: dict[str, Any]) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of batch norms that never saw data
-        return patch_model(build_base(description), config=model.router.config)
 
 
 def _words(description: Mapping[str, Any]) -> str:

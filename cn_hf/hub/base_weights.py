@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError
-from cn_hf.hub.base_model import check_model_args
+from cn_hf.hub.base_model import check_model_args, transformers_class
 from cn_hf.hub.repository import HubOptions, hub_errors
 from cn_hf.hub.weights import WEIGHTS_FILE, fingerprint, read_weights
 from cn_hf.patching.patch import named_slots
@@ -71,18 +71,9 @@ def load_base(base: Mapping[str, Any], options: HubOptions) -> nn.Module:
 
 
 def _load_transformers(base: Mapping[str, Any], name: str, revision: str | None, options: HubOptions) -> nn.Module:
-    import transformers
-
-    model_class: Any = getattr(transformers, str(base.get("architecture")), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"transformers has no model class {base.get('architecture')!r}: update it, or pass model=."
-        )
-    config = dict(base.get("config", {}))
+    model_class, config = transformers_class(base.get("architecture")), dict(base.get("config", {}))
     labels = {key: config[key] for key in ("num_labels", "id2label", "label2id") if key in config}
-    model: nn.Module = cast(Any, model_class).from_pretrained(
-        name, revision=revision, **labels, **options.download_options()
-    )
+    model: nn.Module = model_class.from_pretrained(name, revision=revision, **labels, **options.download_options())
     return model
 
 

@@ -8,11 +8,11 @@ it is executed, and no name in it leads out of its folder.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from cn_hf.contexts import ContextSource
+from cn_hf.devices import available_device
 from cn_hf.errors import CheckpointError, ConfigError, nearest
-from cn_hf.files import write_whole
-from cn_hf.hub.base_model import build_base, describe_base
+from cn_hf.files import write_json
+from cn_hf.hub.base_model import build_base, describe_base, quietly
 from cn_hf.hub.base_weights import base_fingerprint, base_origin, load_base
 from cn_hf.hub.card import checkpoint_card
 from cn_hf.hub.description import (
@@ -34,11 +35,12 @@ from cn_hf.hub.description import (
     described,
     read_description,
 )
-from cn_hf.hub.device import available_device
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
 from cn_hf.hub.weights import (
+    INDEX_FILE,
     NORMS_FILE,
+    WEIGHTS_FILE,
     check_weights,
     checksums,
     read_weights,
@@ -54,13 +56,8 @@ from cn_hf.patching.routing import RoutedModel, router_of
 __all__ = ["describe_saved", "from_pretrained", "push_to_hub", "save_pretrained"]
 
 OWN_FILES = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    NORMS_FILE,
-    CONFIG_FILE,
-    f"{SOURCE_FOLDER}/*",
-)
+    WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, CONFIG_FILE, f"{SOURCE_FOLDER}/*",
+)  # fmt: skip
 """Patterns of the files that make a checkpoint: a new one replaces them all."""
 
 
@@ -102,7 +99,7 @@ def save_pretrained(
     source = context_source_of(model, context_source)
     base = describe_base(model, model_args)
     path = Path(folder)
-    try:
+    with _writing_to(path):
         if norms_only:
             names = write_weights(path, _context_tensors(model), name=NORMS_FILE)
         elif base["library"] == "transformers":
@@ -116,14 +113,10 @@ def save_pretrained(
             from cn_hf.hub.timm_models import timm_config
 
             content = timm_config(model, model_args=model_args, model_config=known_labels(model))
-            write_whole(path / "config.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+            write_json(path / "config.json", content)
         # timm names a repository also for a model whose weights are not from there; a whole checkpoint needs none.
         origin = _origin(model, base_id) if norms_only or base_id or base["library"] == "transformers" else {}
         _write_description(model, path, base | origin, names, source, norms_only)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"Cannot write a checkpoint to {path}: {error}") from error
     return path
 
 
@@ -135,9 +128,16 @@ def describe_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ConfigError: the base model could not be built again from its description.
     """
     path = Path(folder)
-    try:
+    with _writing_to(path):
         base = describe_base(model) | _origin(model, None)
         _write_description(model, path, base, weights_in(path), context_source_of(model, None), norms_only=False)
+
+
+@contextmanager
+def _writing_to(path: Path) -> Iterator[None]:
+    """An OSError in the block becomes a CheckpointError that names the folder; a CheckpointError stays as it is."""
+    try:
+        yield
     except CheckpointError:
         raise
     except OSError as error:
@@ -357,8 +357,7 @@ def _load(
 ) -> None:
     patched_here = not isinstance(model, RoutedModel)
     if patched_here:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # batch norms that never saw data are about to be loaded
+        with quietly():
             patch_model(model, config=config)
     try:
         _check_contexts(model, config, where)

@@ -69,7 +69,7 @@ def predict(
     if context and all_contexts:
         raise ConfigError("--context and --all-contexts exclude each other.")
     from cn_hf.hub import from_pretrained, prediction
-    from cn_hf.hub.inspection import needs_ids
+    from cn_hf.patching.inference import needs_ids
     from cn_hf.patching.routing import router_of
 
     pictures = prediction.open_images(images)

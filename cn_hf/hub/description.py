@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from torch import nn
 from cn_hf.contexts import ContextSource
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
 from cn_hf.files import read_description as read_json
-from cn_hf.files import write_whole
+from cn_hf.files import write_json
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
-from cn_hf.patching.inference import check_order
+from cn_hf.patching.inference import check_fits
 from cn_hf.patching.routing import ContextSourceLike, router_of
 
 __all__ = [
@@ -82,8 +81,7 @@ class Description:
             OSError: the folder cannot be written to.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        content = {"format": FORMAT, **fields, "config": self.config.to_dict()}
-        write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(folder / CONFIG_FILE, {"format": FORMAT, **fields, "config": self.config.to_dict()})
 
     def files(self) -> list[str]:
         """Patterns of all files of the checkpoint but this one, relative to its folder."""
@@ -123,12 +121,8 @@ def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextS
     source = router.source if given is None else given
     if source is not None and not isinstance(source, ContextSource):
         raise InputTypeError(f"context_source must be a ContextSource, received {type(source).__name__}.")
-    if source is not None and source.num_contexts != router.config.num_contexts:
-        raise ConfigError(
-            f"The source names {source.num_contexts} contexts, the model has {router.config.num_contexts}."
-        )
     if source is not None:
-        check_order(source, router.config)
+        check_fits(source, router.config)
     return source
 
 

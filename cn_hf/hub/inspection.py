@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cn_hf.errors import CheckpointError, PatchError
-from cn_hf.hub.base_model import build_base
+from cn_hf.hub.base_model import build_patched
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
+from cn_hf.hub.publish import CHECKPOINT, RESULTS
 from cn_hf.hub.repository import HubOptions, checkpoint_folder
-from cn_hf.patching import ContextNormConfig, context_parameters, patch_model, patch_report
+from cn_hf.patching import ContextNormConfig, context_parameters, patch_report
 from cn_hf.patching.config import BASELINES, CN_MODES
+from cn_hf.patching.inference import needs_ids
 
-__all__ = ["inspect_checkpoint", "needs_ids"]
-
-RESULTS_FILE = "results.json"
+__all__ = ["inspect_checkpoint"]
 
 
 def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions | None = None) -> str:
@@ -36,13 +33,13 @@ def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions
     """
     options = HubOptions() if options is None else options
     place = Path(id_or_folder)
-    if (place / "checkpoint" / CONFIG_FILE).is_file():
-        place = place / "checkpoint"
+    if (place / CHECKPOINT / CONFIG_FILE).is_file():
+        place = place / CHECKPOINT
     folder = checkpoint_folder(
         place if place.is_dir() else id_or_folder,
         options,
         description_file=CONFIG_FILE,
-        files_of=lambda path: [CONFIG_FILE, f"{SOURCE_FOLDER}/*.json", RESULTS_FILE],
+        files_of=lambda path: [CONFIG_FILE, f"{SOURCE_FOLDER}/*.json", RESULTS],
     )
     description = read_description(folder / CONFIG_FILE)
     parts = [_summary(description, folder), _slots(description), _results(folder)]
@@ -65,20 +62,6 @@ def _summary(description: Description, folder: Path) -> str:
         size = f"{file.stat().st_size / 1e6:,.2f} MB" if file.is_file() else "not downloaded"
         lines.append(f"weights: {name}, {size}" + (" (context parameters alone)" if description.norms_only else ""))
     return "\n".join(lines)
-
-
-def needs_ids(config: ContextNormConfig, *, has_source: bool) -> bool:
-    """Whether evaluation without context ids is an error.
-
-    Args:
-        config: how the model is patched and runs.
-        has_source: it has a context source.
-    """
-    if config.mode in BASELINES or config.inference == "average":
-        return False
-    if config.inference == "predict":
-        return not has_source
-    return config.inference == "cn" or config.mode == "dsbn"
 
 
 def _mode(config: ContextNormConfig, has_source: bool) -> str:
@@ -110,24 +93,17 @@ def _slots(description: Description) -> str:
     if description.base.get("library") == "other":
         return "slots: known once the model is there (its library is neither timm nor transformers)"
     try:
-        try:
-            with torch.device("meta"):
-                model = build_base(description.base)
-        except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
-            model = build_base(description.base)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # batch norms that never saw data
-            patch_model(model, config=description.config)
+        model = build_patched(description.base, description.config)
     except (PatchError, TypeError, ValueError) as error:
         raise CheckpointError(f"the described model cannot be built: {error}") from error
     added = sum(parameter.numel() for parameter in context_parameters(model))
+    own = sum(parameter.numel() for parameter in model.parameters()) - added
     report = patch_report(model)
-    return f"parameters: {total:,} and {added:,} added, in {len(report)} slots\n{report}"
+    return f"parameters: {own:,} and {added:,} added, in {len(report)} slots\n{report}"
 
 
 def _results(folder: Path) -> str:
-    file = next((f for f in (folder / RESULTS_FILE, folder.parent / RESULTS_FILE) if f.is_file()), None)
+    file = next((f for f in (folder / RESULTS, folder.parent / RESULTS) if f.is_file()), None)
     if file is None:
         return ""
     try:

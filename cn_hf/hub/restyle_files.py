@@ -16,7 +16,6 @@ import PIL.ImageOps
 import torch
 from tqdm import tqdm
 
-from cn_hf.contexts import ContextSource
 from cn_hf.errors import CheckpointError, CnHfError, ConfigError, DatasetFileError, InputTypeError, nearest
 from cn_hf.files import written_whole
 from cn_hf.hub.checkpoint import from_pretrained
@@ -89,7 +88,7 @@ def restyle_files(
     for context in ids.values():  # an unknown name is refused before anything is read
         router.resolve(context, 1, torch.device("cpu"))
     known = None if source is None else ids[source]
-    if known is None and not _can_tell(router.source) and len(names) == 2:
+    if known is None and not getattr(router.source, "can_predict", False) and len(names) == 2:
         known = 1 - int(router.resolve(ids[target], 1, torch.device("cpu")))
     with tqdm(total=len(paths), unit="image", disable=None if progress else True, leave=False) as bar:
         for start in range(0, len(paths), _CHUNK):
@@ -106,11 +105,6 @@ def restyle_files(
 def _context(name: str, names: tuple[str, ...] | None) -> ContextIds:
     """A context as given on a command line: contexts without names go by number."""
     return int(name) if names is None and name.isdecimal() else name
-
-
-def _can_tell(source: Any) -> bool:
-    """Whether a context source names contexts of images alone."""
-    return source is not None and getattr(type(source), "predict", None) is not ContextSource.predict
 
 
 def _output_paths(paths: Sequence[Path], output: Path, overwrite: bool) -> list[Path]:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError, ConfigError, PatchError
-from cn_hf.files import write_whole
-from cn_hf.hub.base_model import TIMM_ARCHITECTURE, build_base, check_model_args, describe_base
+from cn_hf.files import write_json
+from cn_hf.hub.base_model import TIMM_ARCHITECTURE, build_base, check_model_args, describe_base, quietly
 from cn_hf.patching.patch import named_slots, patch_model
 from cn_hf.patching.routing import ContextRouter, RoutedModel, router_of
 
@@ -127,8 +127,7 @@ def _with_weights(folder: Path, description: Description, cfg: dict[str, Any], o
     model = build_base(description.base, pretrained_cfg=cfg, **options)
     if not _fits(model, plain, allow_surplus=bool(options.get("features_only"))):
         model = _adapted(description.base, plain, cfg, options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # batch norms that never saw data are about to be loaded
+    with quietly():
         _patched(model, folder, description)
     saved = description.base.get("model_args", {})
     resized = any(options.get(name, saved.get(name)) != saved.get(name) for name in ("num_classes", "in_chans"))
@@ -297,6 +296,6 @@ def _saving_contexts(write: Callable[..., None]) -> Callable[..., None]:
         path = Path(config_path)
         if any((path.parent / name).exists() for name in WEIGHTS):  # written just now, perhaps pickled
             save_pretrained(cast(nn.Module, model), path.parent, model_args=options.get("model_args"))
-        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(path, content)
 
     return save_config_for_hf

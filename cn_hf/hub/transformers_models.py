@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import nn
 
 from cn_hf.errors import CheckpointError
+from cn_hf.hub.base_model import quietly, transformers_class
 from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_config
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.patch import named_slots, patch_model
@@ -177,12 +177,8 @@ def load_transformers(folder: Any, **options: Any) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder, **hub)
     if not isinstance(config, ContextConfig):
         raise CheckpointError(f"{folder} is a checkpoint of a plain transformers model; it has no contexts.")
-    model_class = getattr(transformers, config.architecture, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"transformers has no model class {config.architecture!r}: update it, or use an Auto class."
-        )
-    model: nn.Module = cast(Any, routed_class(model_class)).from_pretrained(folder, **options)
+    model_class = cast(Any, routed_class(transformers_class(config.architecture)))
+    model: nn.Module = model_class.from_pretrained(folder, **options)
     return model
 
 
@@ -220,8 +216,7 @@ def _patch(model: Any, architecture: str, description: Mapping[str, Any]) -> Non
     if named and type(model).__name__ != architecture:  # the patterns name modules of the class that was saved
         names = _names_in(model, description["slots"], [name for name, _ in model.named_modules()])
         config = config.replace(where=[f"(?:{re.escape(name)})" for name in names])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the model was patched
+    with quietly():
         patch_model(model, config=config)
     router = router_of(model)
     router.pixel_mean, router.pixel_std = tuple(description["pixel_mean"]), tuple(description["pixel_std"])

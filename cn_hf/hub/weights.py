@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import sha256_of, write_whole, written_whole
+from cn_hf.files import sha256_of, write_json, written_whole
 
 __all__ = [
     "INDEX_FILE",
@@ -75,7 +75,7 @@ def write_weights(
             safetensors.torch.save_file(part, temporary, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_whole(folder / f"{name}.index.json", (json.dumps(index, indent=2) + "\n").encode())
+        write_json(folder / f"{name}.index.json", index)
     return list(split.filename_to_tensors)
 
 

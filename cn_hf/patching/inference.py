@@ -10,10 +10,10 @@ from torch import nn
 from cn_hf.errors import ConfigError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.choices import check_choice
-from cn_hf.patching.config import INFERENCE, ContextNormConfig
+from cn_hf.patching.config import BASELINES, INFERENCE, ContextNormConfig
 from cn_hf.patching.routing import ContextSourceLike, router_of
 
-__all__ = ["apply_inference", "check_order", "set_inference"]
+__all__ = ["apply_inference", "check_fits", "needs_ids", "set_inference"]
 
 
 def set_inference(
@@ -26,7 +26,7 @@ def set_inference(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Choose what evaluation without ids does (Algorithm 3, and two ways the paper lacks).
+    """Choose what evaluation without ids does.
 
     Args:
         model: a patched model.
@@ -57,6 +57,20 @@ def set_inference(
     router.pixel_mean, router.pixel_std = pixel_mean, pixel_std
     apply_inference(model, config)
     return model
+
+
+def needs_ids(config: ContextNormConfig, *, has_source: bool) -> bool:
+    """Whether evaluation without context ids is an error.
+
+    Args:
+        config: how the model is patched and runs.
+        has_source: it has a context source.
+    """
+    if config.mode in BASELINES or config.inference == "average":
+        return False
+    if config.inference == "predict":
+        return not has_source
+    return config.inference == "cn" or config.mode == "dsbn"
 
 
 def _per_channel(name: str, values: Sequence[float] | None, current: tuple[float, ...]) -> tuple[float, ...]:
@@ -93,17 +107,17 @@ def _check_source(source: Any, config: ContextNormConfig) -> None:
             f"{kind} cannot tell a context from pixels alone. Use ClusterContexts, BrightnessContexts or "
             "RuleContexts(on='image') to predict, or give context_ids."
         )
-    if source.num_contexts != config.num_contexts:
-        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {config.num_contexts}.")
-    check_order(source, config)
+    check_fits(source, config)
 
 
-def check_order(source: Any, config: ContextNormConfig) -> None:
-    """Refuse a source that gives names of the model's other numbers than the model does.
+def check_fits(source: Any, config: ContextNormConfig) -> None:
+    """Refuse a source with another number of contexts than the model, or that numbers names of the model's otherwise.
 
     Raises:
-        ConfigError: a name of the source is one of the model's, and another number.
+        ConfigError: it is such a source.
     """
+    if source.num_contexts != config.num_contexts:
+        raise ConfigError(f"The source names {source.num_contexts} contexts, the model has {config.num_contexts}.")
     known = tuple(config.context_names or ())
     names = tuple(getattr(source, "names", ()))
     if moved := [name for number, name in enumerate(names) if name in known and known.index(name) != number]:

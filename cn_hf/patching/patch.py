@@ -296,14 +296,13 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def restore_slot(slot: Slot) -> nn.Module:
+def restore_slot(slot: Slot) -> None:
     """Make a slot the module it was."""
     module = cast(nn.Module, slot)
     for attribute in ("normalizer", "router", "keep_statistics", "near_sequence_first"):
         if attribute in module.__dict__ or attribute in module._modules:
             delattr(module, attribute)
     swap_class(module, slot.original_class)
-    return module
 
 
 def restore_root(model: nn.Module) -> None:

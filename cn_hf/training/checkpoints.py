@@ -9,8 +9,6 @@ folder must be one that all of them share.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import read_description, write_whole
+from cn_hf.files import read_description, sha256_of, write_json
 
 __all__ = ["Checkpoint", "find_checkpoint", "newest_step", "save_checkpoint", "write_together"]
 
@@ -147,7 +145,7 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if (size := file.stat().st_size) != facts["bytes"]:
                 return f"{name} has {size:,} of {facts['bytes']:,} bytes"
-            if _digest(file) != facts["sha256"]:
+            if sha256_of(file) != facts["sha256"]:
                 return f"{name} has another checksum than it was written with"
     except (OSError, KeyError, TypeError, AttributeError) as error:
         return repr(error)
@@ -178,15 +176,11 @@ def _write(partial: Path, files: Mapping[str, Any], described: dict[str, dict[st
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        described[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        described[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publish(partial: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    with (partial / _MANIFEST).open("x", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(partial / _MANIFEST, {"format": FORMAT, "step": step, "files": files})
     if final.exists():
         _remove(final)
     partial.rename(final)
@@ -216,21 +210,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_together(path: Path, content: bytes, accelerator: Accelerator) -> None:
-    """Write a file whole in the main process; every process must call it.
+def write_together(path: Path, value: Any, accelerator: Accelerator) -> None:
+    """Write ``value`` as JSON, whole, in the main process; every process must call it.
 
     Raises:
         CheckpointError: It cannot be written; in every process.
     """
-    problem = _attempt(write_whole, path, content) if accelerator.is_main_process else None
+    problem = _attempt(write_json, path, value) if accelerator.is_main_process else None
     _raise_together(problem, accelerator)
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 import cn_hf
@@ -28,8 +28,9 @@ from cn_hf.patching.routing import ContextSourceLike, RoutedModel
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
-from cn_hf.training.networks import check_network_name, create_network
+from cn_hf.training.networks import create_network
 from cn_hf.training.objective import Objective
+from cn_hf.training.optimization import build_optimizer
 from cn_hf.training.preview import preview
 from cn_hf.training.results import (
     ClassifierRun,
@@ -39,10 +40,11 @@ from cn_hf.training.results import (
     run_title,
     write_run,
 )
-from cn_hf.training.run_folder import CHECKPOINTS, claim_folder
+from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.sources import class_counts, load_data
-from cn_hf.training.supervised import fit, make_accelerator
-from cn_hf.training.tracking import check_trackers, start_trackers
+from cn_hf.training.start import claim_run, start_run
+from cn_hf.training.supervised import fit
+from cn_hf.training.tracking import tracked
 
 __all__ = ["Recipe", "build_classifier", "start_norms", "train_classifier"]
 
@@ -92,15 +94,9 @@ def train_classifier(
     Raises:
         CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
     """
-    if config.output_dir is None and (resume or overwrite):
-        raise ConfigError("resume and overwrite are about the run in an output folder; give output_dir")
-    check_trackers(config.trackers, has_folder=config.output_dir is not None)
-    accelerator = make_accelerator(config)
-    folder = None if config.output_dir is None else Path(config.output_dir)
-    if folder is not None and not dry_run and _claimed(folder, config, accelerator, resume, overwrite):
-        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+    accelerator, folder, finished = start_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    if finished:
         return None
-    check_network_name(config.model)
     data = recipe.load_data(config, accelerator) if data is None else data
     if data.train is None or len(data.train) == 0:
         raise TrainingError(
@@ -111,15 +107,12 @@ def train_classifier(
         if accelerator.is_main_process:
             print(preview(config, model, data, folder=folder))
         return None
+    build_optimizer(model, config)  # an error now, rather than when the folder is the run's
+    claim_run(config, accelerator, folder, resume=resume, overwrite=overwrite)
     accelerator.print(data_in_words(data) + "\n" + network_in_words(config, model))
     steps = len(data.train) * config.epochs  # after which the baseline's follow, so that trackers' steps go on rising
-    start_trackers(accelerator, config, folder, step=_steps_done(folder, steps))
-    try:
-        run = _run(config, recipe, model, data, accelerator, folder, resume, steps)
-    finally:
-        for tracker in accelerator.trackers:  # end_training would end the processes' group, too
-            tracker.finish()
-    return run
+    with tracked(accelerator, config, folder, step=_steps_done(folder, steps)):
+        return _run(config, recipe, model, data, accelerator, folder, resume, steps)
 
 
 def _run(
@@ -160,13 +153,6 @@ def _steps_done(folder: Path | None, steps: int) -> int:
         return 0
     of_baseline = newest_step(folder / "baseline" / CHECKPOINTS)
     return steps + of_baseline if of_baseline else newest_step(folder / CHECKPOINTS)
-
-
-def _claimed(folder: Path, config: TrainingConfig, accelerator: Accelerator, resume: bool, overwrite: bool) -> bool:
-    """Whether the folder holds this run finished, after the main process has made it this run's; the same in all."""
-    finished = [accelerator.is_main_process and claim_folder(folder, config, resume=resume, overwrite=overwrite)]
-    broadcast_object_list(finished)
-    return finished[0]
 
 
 def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:

@@ -257,6 +257,10 @@ class TrainingConfig:
             del changed["dataset"]
         return changed
 
+    def differences_in_words(self, other: Mapping[str, Any]) -> str:
+        """``differences`` as "epochs was 3, is 4; ...", or "" where there are none."""
+        return "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in self.differences(other).items())
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed, validated again."""
         return self.from_dict({**self.to_dict(), **changes})

@@ -27,6 +27,7 @@ from torch import nn
 import cn_hf
 from cn_hf.contexts import CONTEXT_COLUMN, ClusterContexts
 from cn_hf.data import PreparedData, prepare_data
+from cn_hf.devices import torch_threads
 from cn_hf.errors import CheckpointError, ContextSourceError
 from cn_hf.evaluation import (
     ProtocolReport,
@@ -39,16 +40,16 @@ from cn_hf.evaluation import (
     write_results,
 )
 from cn_hf.files import write_whole
-from cn_hf.hub import from_pretrained, save_pretrained
+from cn_hf.hub import from_pretrained
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import router_of
 from cn_hf.training.classifier import build_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.demo_data import DOMAINS, digits_in_two_domains, write_sample_sheet
 from cn_hf.training.history import History
-from cn_hf.training.networks import create_network, timm_arguments
-from cn_hf.training.results import data_in_words, network_facts
-from cn_hf.training.run_folder import check_writable
+from cn_hf.training.networks import create_network
+from cn_hf.training.results import data_in_words, network_facts, save_network
+from cn_hf.training.run_folder import CHECKPOINT, RESULTS, check_writable
 from cn_hf.training.sources import class_counts
 from cn_hf.training.supervised import fit, make_accelerator
 
@@ -99,13 +100,9 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, epochs: int = 15, progres
     started = time.perf_counter()
     folder = Path(output_dir)
     check_writable(folder)
-    threads = torch.get_num_threads()
     # As fast for so small a network, the same result on any number of cores, and untroubled by what else runs there.
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return _run(folder, demo_config(seed=seed, epochs=epochs, progress=progress), started)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(folder: Path, config: TrainingConfig, started: float) -> ProtocolReport:
@@ -123,7 +120,7 @@ def _run(folder: Path, config: TrainingConfig, started: float) -> ProtocolReport
     networks, histories = _train(config, data, accelerator)
     report = _evaluate(config, networks, data, accelerator)
     print("\n" + protocol_table(report, title=TITLE) + "\n\n" + context_table(report))
-    reloaded = _save_and_reload(networks["CN"], folder / "checkpoint", report, config, data, accelerator)
+    reloaded = _save_and_reload(networks["CN"], folder / CHECKPOINT, report, config, data, accelerator)
     print(f"\n{reloaded['summary']}")
     seconds = time.perf_counter() - started
     results = {
@@ -240,11 +237,7 @@ def _save_and_reload(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Save the network with CN, load it again and evaluate what was loaded, with its own context source."""
-    arguments = timm_arguments(
-        config.model, num_classes=data.num_classes, input_size=data.input_size, model_args=config.model_args
-    )
-    source = cast("ClusterContexts", data.context_source)
-    save_pretrained(network, folder, context_source=source, model_args=arguments)
+    save_network(network, folder, config, data, data.num_classes)
     loaded = from_pretrained(folder, device=accelerator.device)
     assert data.test is not None
     again = evaluate_protocols(
@@ -283,6 +276,6 @@ def _write(
         )
         table = protocol_table(report, title=TITLE) + "\n\n" + context_table(report)
         write_whole(folder / "table.md", (table + "\n").encode())
-        write_results(folder / "results.json", results)
+        write_results(folder / RESULTS, results)
     except OSError as error:
         raise CheckpointError(f"the results cannot be written to {folder}: {error}") from error

@@ -133,8 +133,7 @@ def _config_in_groups(config: TrainingConfig) -> str:
 def _data_in_words(data: PreparedData) -> str:
     """Images per split, classes, and a table of images per context and split."""
     words = data_in_words(dataclasses.replace(data, context_names=None))
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    counts = {name: _context_counts(batches) for name, batches in splits.items() if batches is not None}
+    counts = {name: _context_counts(batches) for name, batches in data.splits().items()}
     known = [len(column) for column in counts.values() if column is not None]
     if data.context_names is None and not known:
         return words

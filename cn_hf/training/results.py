@@ -28,15 +28,17 @@ from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import save_plain, timm_arguments
-from cn_hf.training.run_folder import RESULTS
+from cn_hf.training.run_folder import CHECKPOINT, RESULTS
 
 __all__ = [
     "ClassifierRun",
     "data_in_words",
     "network_facts",
     "network_in_words",
+    "portable_config",
     "run_name",
     "run_title",
+    "save_network",
     "write_run",
 ]
 
@@ -76,19 +78,12 @@ def write_run(run: ClassifierRun, folder: Path) -> None:
         ConfigError: The network could not be built again from its description.
     """
     config, data = run.config, run.data
-    arguments = timm_arguments(
-        config.model, num_classes=data.num_classes, input_size=data.input_size, model_args=config.model_args
-    )
     pixels: dict[str, Any] = {"input_size": data.input_size, "mean": data.mean, "std": data.std}
     record_preprocessing(run.model, **pixels, label_names=data.class_names)
-    if isinstance(run.model, RoutedModel):
-        source = None if config.mode in BASELINES else data.context_source
-        save_pretrained(run.model, folder / "checkpoint", context_source=source, model_args=arguments)
-    else:
-        save_plain(run.model, folder / "checkpoint", arguments)
+    save_network(run.model, folder / CHECKPOINT, config, data, data.num_classes)
     try:
         if isinstance(run.model, transformers.PreTrainedModel):
-            save_image_processor(folder / "checkpoint", **pixels)
+            save_image_processor(folder / CHECKPOINT, **pixels)
         if run.report is not None:
             table = protocol_table(run.report, title=run_title(config, data))
             write_whole(folder / "table.md", (table + "\n").encode())
@@ -100,13 +95,29 @@ def write_run(run: ClassifierRun, folder: Path) -> None:
         raise CheckpointError(f"the results cannot be written to {folder}: {error}") from error
 
 
+def save_network(model: nn.Module, folder: Path, config: TrainingConfig, data: PreparedData, num_classes: int) -> None:
+    """Write a trained network, patched or plain, so that it can be loaded by ``from_pretrained`` or its own library.
+
+    Raises:
+        CheckpointError: The folder cannot be written to.
+        ConfigError: The network could not be built again from its description.
+    """
+    arguments = timm_arguments(
+        config.model, num_classes=num_classes, input_size=data.input_size, model_args=config.model_args
+    )
+    if isinstance(model, RoutedModel):
+        source = None if config.mode in BASELINES else data.context_source
+        save_pretrained(model, folder, context_source=source, model_args=arguments)
+    else:
+        save_plain(model, folder, arguments)
+
+
 def _results(run: ClassifierRun) -> dict[str, Any]:
     data = run.data
-    batches = {"train": data.train, "validation": data.validation, "test": data.test}
     return {
-        "config": _portable(run.config),
+        "config": portable_config(run.config),
         "data": {
-            "images": {split: b.num_rows for split, b in batches.items() if b is not None},
+            "images": {split: batches.num_rows for split, batches in data.splits().items()},
             "skipped": {split: list(rows) for split, rows in data.skipped.items()},
             "input_size": data.input_size,
             "mean": data.mean,
@@ -122,7 +133,7 @@ def _results(run: ClassifierRun) -> dict[str, Any]:
     }
 
 
-def _portable(config: TrainingConfig) -> dict[str, Any]:
+def portable_config(config: TrainingConfig) -> dict[str, Any]:
     """The config as another machine would have it: results are published, and name no folder of this one."""
     folder = None if config.output_dir is None else portable_path(config.output_dir)
     return {**config.to_dict(), "dataset": [portable_path(name) for name in config.dataset], "output_dir": folder}
@@ -146,8 +157,7 @@ def run_title(config: TrainingConfig, data: PreparedData) -> str:
 
 def data_in_words(data: PreparedData) -> str:
     """Images per split, classes, and images per context, a line each."""
-    batches = {"train": data.train, "validation": data.validation, "test": data.test}
-    parts = [f"{split} {b.num_rows:,}" for split, b in batches.items() if b is not None]
+    parts = [f"{split} {batches.num_rows:,}" for split, batches in data.splits().items()]
     skipped = sum(map(len, data.skipped.values()))
     lines = [f"images: {', '.join(parts)}" + (f" ({skipped} unreadable ones left out)" if skipped else "")]
     lines.append(f"classes: {data.num_classes}; input: {'x'.join(map(str, data.input_size))}")

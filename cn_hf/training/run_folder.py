@@ -6,31 +6,30 @@ finished. No other run gets the folder without ``overwrite``, which removes what
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from pathlib import Path
 
 from cn_hf.errors import CheckpointError, ConfigError
-from cn_hf.files import read_description, write_whole
+from cn_hf.files import read_description, write_json, write_whole
 from cn_hf.training.config import TrainingConfig
 
-__all__ = ["CHECKPOINTS", "RESULTS", "RUN_FILES", "check_writable", "claim_folder"]
+__all__ = ["CHECKPOINT", "CHECKPOINTS", "RESULTS", "RUN", "RUN_FILES", "check_folder", "check_writable", "claim_folder"]
 
 FORMAT = 1
-RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
+RUN, RESULTS, CHECKPOINT, CHECKPOINTS = "run.json", "results.json", "checkpoint", "checkpoints"
 RUN_FILES = (
-    RUN, RESULTS, CHECKPOINTS, "config.yaml", "history.json", "table.md", "curves.png", "protocols.png", "checkpoint",
+    RUN, RESULTS, CHECKPOINTS, "config.yaml", "history.json", "table.md", "curves.png", "protocols.png", CHECKPOINT,
     "baseline", "logs", "networks", "report.md", "contexts.png", "contact_sheet.png",
 )  # fmt: skip
 """What a run may leave in its folder."""
 
 
-def claim_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> bool:
-    """Make the folder this run's own.
+def check_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> bool:
+    """Whether a run may have the folder: better known before data is loaded than after.
 
     Args:
-        folder: Made if need be; files that are not a run's stay.
+        folder: Made if need be.
         config: Of the run.
         resume: Go on with the run that the folder holds, if it holds one.
         overwrite: Remove the run that the folder holds, if it holds one.
@@ -58,15 +57,26 @@ def claim_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, 
         )
     if present and resume:
         described = read_description(folder / RUN, newest=FORMAT, what="description of a run")
-        if differences := config.differences(described["config"]):
-            listed = "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differences.items())
+        if listed := config.differences_in_words(described["config"]):
             raise ConfigError(f"{folder} holds a run with another config ({listed}); use the same, or another folder")
         return RESULTS in present
+    return False
+
+
+def claim_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> bool:
+    """``check_folder``, then make the folder this run's own: only once everything else that it needs is known to be.
+
+    Files that are not a run's stay.
+    """
+    finished = check_folder(folder, config, resume=resume, overwrite=overwrite)
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    if present and resume:
+        return finished
     try:
         # run.json goes last and comes first, so that a folder half-emptied or half-filled is still known as a run's.
         for name in reversed(present):
             (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
-        write_whole(folder / RUN, json.dumps({"format": FORMAT, "config": config.to_dict()}, indent=2).encode())
+        write_json(folder / RUN, {"format": FORMAT, "config": config.to_dict()})
         write_whole(folder / "config.yaml", config.to_yaml().encode())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be prepared for the run: {error}") from error

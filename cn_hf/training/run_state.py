@@ -162,8 +162,7 @@ class RunState:
             raise TrainingError(
                 f"{path} is of {state['processes']} processes, each of which had a part of the weights; use as many"
             )
-        if differences := self.config.differences(state["config"]):
-            listed = "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differences.items())
+        if listed := self.config.differences_in_words(state["config"]):
             raise ConfigError(f"{path} is of a run with another config ({listed}); use the same, or another folder")
         if state["data"] != self.fingerprint:
             raise TrainingError(

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cn_hf.errors import ConfigError, PatchError
+from cn_hf.errors import PatchError
 from cn_hf.evaluation.networks import bare_network
 from cn_hf.evaluation.restyling import Levels, Shift, learned_levels, measure_shift
 from cn_hf.evaluation.verification import Verification, best_threshold, context_groups, verify
@@ -25,14 +24,14 @@ from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.classifier import build_classifier
 from cn_hf.training.contrastive import Contrastive, HeldOut, held_out_distances
 from cn_hf.training.history import History
-from cn_hf.training.networks import check_network_name
 from cn_hf.training.preview import preview
 from cn_hf.training.results import data_in_words, network_in_words
-from cn_hf.training.run_folder import CHECKPOINTS, claim_folder
+from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.siamese_config import SiameseConfig
 from cn_hf.training.siamese_data import SiameseData, load_siamese_data
-from cn_hf.training.supervised import fit, make_accelerator
-from cn_hf.training.tracking import check_trackers, start_trackers
+from cn_hf.training.start import claim_run, start_run
+from cn_hf.training.supervised import fit
+from cn_hf.training.tracking import tracked
 
 __all__ = ["SiameseNetwork", "SiameseRun", "has_input_contexts", "train_siamese"]
 
@@ -101,30 +100,21 @@ def train_siamese(
     from cn_hf.training.siamese_results import summary, write_siamese_run
 
     started, processor_started = time.perf_counter(), time.process_time()
-    if config.output_dir is None and (resume or overwrite):
-        raise ConfigError("resume and overwrite are about the run in an output folder; give output_dir")
-    check_trackers(config.trackers, has_folder=config.output_dir is not None)
-    accelerator = make_accelerator(config)
-    folder = None if config.output_dir is None else Path(config.output_dir)
-    if folder is not None and not dry_run and _claimed(folder, config, accelerator, resume, overwrite):
-        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+    accelerator, folder, finished = start_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    if finished:
         return None
-    check_network_name(config.model)
     data = load_siamese_data(config, accelerator)
     if dry_run:
         if accelerator.is_main_process:
             print(preview(config, _build(config, data), data.prepared, folder=folder))
         return None
+    claim_run(config, accelerator, folder, resume=resume, overwrite=overwrite)
     accelerator.print(data_in_words(data.prepared))
-    start_trackers(accelerator, config, folder, step=_steps_done(config, folder))
-    try:
-        networks: dict[str, SiameseNetwork] = {}
+    networks: dict[str, SiameseNetwork] = {}
+    with tracked(accelerator, config, folder, step=_steps_done(config, folder)):
         for name in config.networks():
             offset = len(networks) * len(data.pairs) * config.epochs
             networks[name] = _train(config, name, data, accelerator, resume, offset=offset)
-    finally:
-        for tracker in accelerator.trackers:  # end_training would end the processes' group, too
-            tracker.finish()
     run = SiameseRun(
         config=config,
         data=data,
@@ -227,13 +217,6 @@ def _restyling(
     names = (config.source_context, config.target_context)
     shifts = [measure_shift(model, held_out.images, held_out.context_ids, *pair) for pair in (names, names[::-1])]
     return learned_levels(model), tuple(shifts)
-
-
-def _claimed(folder: Path, config: SiameseConfig, accelerator: Accelerator, resume: bool, overwrite: bool) -> bool:
-    """Whether the folder holds this run finished, after the main process has made it this run's; the same in all."""
-    finished = [accelerator.is_main_process and claim_folder(folder, config, resume=resume, overwrite=overwrite)]
-    broadcast_object_list(finished)
-    return finished[0]
 
 
 def _steps_done(config: SiameseConfig, folder: Path | None) -> int:

@@ -165,9 +165,8 @@ def _values(split: datasets.Dataset, column: str, name: str) -> list[str]:
 
 def _check(config: SiameseConfig, prepared: PreparedData) -> None:
     """That the images are held in memory, and that contexts have images where they are needed."""
-    for split in ("train", "validation", "test"):
-        batches = getattr(prepared, split)
-        if batches is not None and not isinstance(batches, DeviceBatches):
+    for split, batches in prepared.splits().items():
+        if not isinstance(batches, DeviceBatches):
             raise ConfigError(f"the images of split {split!r} do not fit into memory {config.memory:g} GiB; give more")
     if prepared.validation is None:
         raise DatasetError("the threshold is chosen on validation pairs; give validation_split or validation_fraction")

@@ -17,18 +17,13 @@ import torch
 from cn_hf.errors import CheckpointError
 from cn_hf.evaluation import markdown_table, plot_training_curves, run_environment, write_results
 from cn_hf.evaluation.contact_sheet import write_contact_sheet
-from cn_hf.evaluation.environment import portable_path
 from cn_hf.evaluation.plots import COLORS, new_figure, quiet_axes, save_figure
 from cn_hf.evaluation.restyling import Levels, Shift
 from cn_hf.evaluation.verification import Verification
 from cn_hf.files import write_whole
-from cn_hf.hub import save_pretrained
-from cn_hf.patching.config import BASELINES
 from cn_hf.patching.restyle import restyle
-from cn_hf.patching.routing import RoutedModel
-from cn_hf.training.networks import save_plain, timm_arguments
-from cn_hf.training.results import network_facts
-from cn_hf.training.run_folder import RESULTS
+from cn_hf.training.results import network_facts, portable_config, save_network
+from cn_hf.training.run_folder import CHECKPOINT, RESULTS
 from cn_hf.training.siamese import SiameseNetwork, SiameseRun, has_input_contexts
 
 __all__ = ["summary", "write_siamese_run"]
@@ -49,7 +44,7 @@ def write_siamese_run(run: SiameseRun, folder: Path) -> None:
         ConfigError: The network could not be built again from its description.
     """
     main = list(run.networks.values())[-1]
-    _save(run, main, folder / "checkpoint")
+    save_network(main.model, folder / CHECKPOINT, main.config, run.data.prepared, main.config.embedding_dim)
     try:
         curves = {name: network.history.to_dict()["epochs"] for name, network in run.networks.items()}
         plot_training_curves(curves, folder / "curves.png", panels=PANELS, title=_name(run))
@@ -91,28 +86,12 @@ def _with_contexts(run: SiameseRun) -> dict[str, SiameseNetwork]:
     return {name: network for name, network in run.networks.items() if has_input_contexts(network.model)}
 
 
-def _save(run: SiameseRun, network: SiameseNetwork, folder: Path) -> None:
-    config, prepared = network.config, run.data.prepared
-    arguments = timm_arguments(
-        config.model, num_classes=config.embedding_dim, input_size=prepared.input_size, model_args=config.model_args
-    )
-    if isinstance(network.model, RoutedModel):
-        source = None if config.mode in BASELINES else prepared.context_source
-        save_pretrained(network.model, folder, context_source=source, model_args=arguments)
-    else:
-        save_plain(network.model, folder, arguments)
-
-
 # ------------------------------------------------------------------------------------------------------------ in words
 
 
 def _data_in_words(run: SiameseRun) -> str:
     data, config = run.data, run.config
-    counts = ", ".join(
-        f"{split} {getattr(data.prepared, split).num_rows}"
-        for split in ("train", "validation", "test")
-        if getattr(data.prepared, split) is not None
-    )
+    counts = ", ".join(f"{split} {batches.num_rows}" for split, batches in data.prepared.splits().items())
     kind = "training pairs are two views of one image, or of two images"
     if not data.views:
         train, held_out = (set(data.images(split).labels.tolist()) for split in ("train", data.held_out))
@@ -242,17 +221,9 @@ def _provenance(run: SiameseRun) -> str:
 def _results(run: SiameseRun) -> dict[str, Any]:
     data, prepared = run.data, run.data.prepared
     return {
-        "config": {
-            **run.config.to_dict(),
-            "dataset": [portable_path(name) for name in run.config.dataset],
-            "output_dir": None if run.config.output_dir is None else portable_path(run.config.output_dir),
-        },
+        "config": portable_config(run.config),
         "data": {
-            "images": {
-                split: getattr(prepared, split).num_rows
-                for split in ("train", "validation", "test")
-                if getattr(prepared, split) is not None
-            },
+            "images": {split: batches.num_rows for split, batches in prepared.splits().items()},
             "identities": {split: len(set(data.images(split).labels.tolist())) for split in ("train", data.held_out)},
             "identities_in_both": len(
                 set(data.images("train").labels.tolist()) & set(data.images(data.held_out).labels.tolist())

@@ -17,7 +17,6 @@ N images of a batch on this process, C channels, H and W height and width, P pro
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -239,8 +238,7 @@ class _Loop:
         self.state.history.stopped_early = self._out_of_patience()
         place.finished = self.state.history.stopped_early or place.epoch >= config.epochs
         if self.folder is not None:
-            content = json.dumps(self.state.history.to_dict(), indent=2).encode()
-            write_together(self.folder / "history.json", content, self.accelerator)
+            write_together(self.folder / "history.json", self.state.history.to_dict(), self.accelerator)
 
     def _step_or_explain(self, batch: Batch, bar: ProgressBar) -> None:
         """A training step; where the very first one runs out of memory, the error says what would fit."""

@@ -11,7 +11,8 @@ needs ``WANDB_MODE=offline`` in the environment (``wandb sync`` uploads later); 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cn_hf.errors import CheckpointError, ConfigError, nearest
 from cn_hf.files import write_whole
 from cn_hf.training.config import TrainingConfig
 
-__all__ = ["check_trackers", "start_trackers"]
+__all__ = ["check_trackers", "start_trackers", "tracked"]
 
 PROJECT = "cn_hf"
 FOLDER = "logs"
@@ -85,6 +86,17 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, folder: Pat
     accelerator.log_with = list(config.trackers)
     accelerator.project_configuration.logging_dir = None if logs is None else str(logs)
     accelerator.init_trackers(PROJECT, _flat(config.to_dict()), options)
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, config: TrainingConfig, folder: Path | None, *, step: int) -> Iterator[None]:
+    """``start_trackers`` for the block, at whose end, also after an error, each of them is closed."""
+    start_trackers(accelerator, config, folder, step=step)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end the processes' group, too
+            tracker.finish()
 
 
 def _run_id(logs: Path | None) -> str:
