@@ -132,7 +132,7 @@ def test_context_source_travels_along(tmp_path):
 
 def test_files_that_are_wrong_are_named(tmp_path):
     model = trained("timm-resnet")
-    folder = cn_hf.save_pretrained(model, tmp_path / "checkpoint")
+    folder = cn_hf.save_pretrained(model, tmp_path / "saved")
     weights, description = folder / "model.safetensors", folder / "context_norm.json"
     whole, text = weights.read_bytes(), description.read_text()
 
@@ -269,3 +269,42 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path)
     with pytest.raises(ConfigError, match="device 'gpu' cannot be had"):
         cn_hf.from_pretrained(tmp_path, device_map="gpu")
     assert next(cn_hf.from_pretrained(tmp_path, device=torch.device("cpu")).parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("content", ['{"a', "", None], ids=["truncated", "empty", "missing"])
+def test_a_damaged_config_of_transformers_is_one_clear_error(content, tmp_path):
+    folder = cn_hf.save_pretrained(trained("transformers"), tmp_path)
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is missing, truncated or no config\. Save it again"):
+        cn_hf.from_pretrained(folder)
+
+
+def test_the_folder_of_a_run_is_taken_for_the_checkpoint_in_it(tmp_path):
+    model = trained("timm-resnet")
+    cn_hf.save_pretrained(model, tmp_path / "checkpoint")
+    loaded = cn_hf.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda model, path: cn_hf.from_pretrained(None), TypeError, "received None"),
+        (lambda model, path: cn_hf.from_pretrained(path, model=3), TypeError, "model must be an nn.Module"),
+        (lambda model, path: cn_hf.from_pretrained(path, device_map={"blocks": "cpu"}), ConfigError, "does not fit"),
+        (lambda model, path: cn_hf.save_pretrained(model, None), TypeError, "folder must be a path"),
+        (lambda model, path: cn_hf.save_pretrained(model, ""), TypeError, "folder must be a path"),
+        (lambda model, path: cn_hf.save_pretrained(model, path, max_shard_size="10XB"), ConfigError, "10XB"),
+        (lambda model, path: cn_hf.save_pretrained(model, path, max_shard_size=0), ConfigError, "received 0"),
+    ],
+)
+def test_wrong_arguments(call, error, message, tmp_path):
+    model = trained("timm-vit")
+    folder = cn_hf.save_pretrained(model, tmp_path / "saved", max_shard_size="1.5MB")
+    with pytest.raises(error, match=message) as caught:
+        call(model, folder)
+    assert isinstance(caught.value, cn_hf.CnHfError)

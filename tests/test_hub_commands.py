@@ -27,6 +27,7 @@ from cn_hf.hub.inspection import inspect_checkpoint
 from cn_hf.hub.prediction import open_images, predict, prediction_lines
 from cn_hf.hub.preprocessing import input_size_of, label_names_of, to_pixels
 from cn_hf.hub.publish import run_files
+from cn_hf.hub.repository import HubOptions
 from cn_hf.training.classifier import train_classifier
 from cn_hf.training.config import TrainingConfig
 
@@ -157,6 +158,10 @@ def test_bad_input(tmp_path):
         open_images([tmp_path / "none.png"])
     with pytest.raises(CheckpointError, match="not the folder of a finished run"):
         run_files(tmp_path, "me/model")
+    with pytest.raises(CheckpointError, match="my model cannot be pushed to the Hub: the id is not of the form"):
+        run_files(tmp_path, "my model")
+    with pytest.raises(CheckpointError, match="runs/absent is no folder here, and cannot be had from the Hub"):
+        inspect_checkpoint("runs/absent", HubOptions(local_files_only=True))
 
 
 def saved(folder: Path, mode: str, inference: str = "cn+", source: BrightnessContexts | None = None) -> Path:

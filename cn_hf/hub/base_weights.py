@@ -12,8 +12,7 @@ from cn_hf.errors import CheckpointError
 from cn_hf.hub.base_model import check_model_args, transformers_class
 from cn_hf.hub.repository import HubOptions, hub_errors
 from cn_hf.hub.weights import WEIGHTS_FILE, fingerprint, read_weights
-from cn_hf.patching.patch import named_slots
-from cn_hf.patching.routing import RoutedModel
+from cn_hf.patching.routing import added_names
 
 __all__ = ["base_fingerprint", "base_origin", "load_base"]
 
@@ -41,8 +40,8 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model without what patching added."""
-    added = tuple(f"{name}.normalizer." for name, _ in named_slots(model)) if isinstance(model, RoutedModel) else ()
-    return {name: tensor for name, tensor in model.state_dict().items() if not (added and name.startswith(added))}
+    added = added_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in added}
 
 
 def load_base(base: Mapping[str, Any], options: HubOptions) -> nn.Module:

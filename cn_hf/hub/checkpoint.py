@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cn_hf.contexts import ContextSource
 from cn_hf.devices import available_device
-from cn_hf.errors import CheckpointError, ConfigError, nearest
+from cn_hf.errors import CheckpointError, ConfigError, InputTypeError, nearest
 from cn_hf.files import write_json
 from cn_hf.hub.base_model import build_base, describe_base, quietly
 from cn_hf.hub.base_weights import base_fingerprint, base_origin, load_base
@@ -41,6 +41,7 @@ from cn_hf.hub.weights import (
     INDEX_FILE,
     NORMS_FILE,
     WEIGHTS_FILE,
+    check_shard_size,
     check_weights,
     checksums,
     read_weights,
@@ -93,9 +94,13 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the folder cannot be written.
-        ConfigError: the base model could not be built again from its description.
+        ConfigError: the base model could not be built again from its description, or ``max_shard_size`` is no size.
+        InputTypeError: ``folder`` is no path.
         PatchError: the model is not patched.
     """
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise InputTypeError(f"folder must be a path, received {folder!r}.")
+    check_shard_size(max_shard_size)
     source = context_source_of(model, context_source)
     base = describe_base(model, model_args)
     path = Path(folder)
@@ -203,7 +208,7 @@ def from_pretrained(
     """Load a patched model from a folder or a Hub repository, in evaluation mode, its context source attached.
 
     Args:
-        id_or_folder: a folder written by ``save_pretrained``, or ``"user/name"`` on the Hub.
+        id_or_folder: a folder written by ``save_pretrained`` or by a run, or ``"user/name"`` on the Hub.
         model: the base model to load onto; needed for models that neither timm nor transformers builds, and for
             norms-only checkpoints whose base is not on the Hub. It is patched in place if it is not yet, and left as it
             was after an error.
@@ -224,9 +229,12 @@ def from_pretrained(
     Raises:
         CheckpointError: nothing there, truncated, of a newer format, of another architecture or number of contexts.
         ConfigError: an option is unknown, or contradicts another, or there is no such device.
+        InputTypeError: ``id_or_folder`` is no path, or ``model`` no module.
     """
     if device is not None and device_map is not None:
         raise ConfigError(f"Pass device= or device_map=, not both; received {device!r} and {device_map!r}.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module to load onto, received {model!r}.")
     device = None if device is None else available_device(device)
     dtype = _dtype(dtype)
     options = HubOptions(
@@ -301,7 +309,10 @@ def _dispatched(model: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Mod
         places: Mapping[str, Any] = accelerate.infer_auto_device_map(model)
     else:
         places = device_map
-    dispatched: nn.Module = accelerate.dispatch_model(model, dict(places))
+    try:
+        dispatched: nn.Module = accelerate.dispatch_model(model, dict(places))
+    except ValueError as error:
+        raise ConfigError(f"device_map={device_map!r} does not fit the model: {error}") from error
     keep_contexts_loaded(dispatched)
     return dispatched
 

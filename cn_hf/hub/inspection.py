@@ -11,7 +11,7 @@ from typing import Any
 from cn_hf.errors import CheckpointError, PatchError
 from cn_hf.hub.base_model import build_patched
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
-from cn_hf.hub.publish import CHECKPOINT, RESULTS
+from cn_hf.hub.publish import RESULTS
 from cn_hf.hub.repository import HubOptions, checkpoint_folder
 from cn_hf.patching import ContextNormConfig, context_parameters, patch_report
 from cn_hf.patching.config import BASELINES, CN_MODES
@@ -32,11 +32,8 @@ def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions
         CheckpointError: there is no checkpoint, or it is damaged or of a newer format.
     """
     options = HubOptions() if options is None else options
-    place = Path(id_or_folder)
-    if (place / CHECKPOINT / CONFIG_FILE).is_file():
-        place = place / CHECKPOINT
     folder = checkpoint_folder(
-        place if place.is_dir() else id_or_folder,
+        id_or_folder,
         options,
         description_file=CONFIG_FILE,
         files_of=lambda path: [CONFIG_FILE, f"{SOURCE_FOLDER}/*.json", RESULTS],

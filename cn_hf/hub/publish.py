@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported at run time
+
 from cn_hf.errors import CheckpointError
 from cn_hf.hub.card import run_card
 from cn_hf.hub.checkpoint import OWN_FILES
 from cn_hf.hub.description import CONFIG_FILE, read_description
-from cn_hf.hub.repository import CARD_FILE, upload
+from cn_hf.hub.repository import CARD_FILE, CHECKPOINT, HubOptions, hub_errors, upload
 from cn_hf.hub.weights import check_weights
 
 __all__ = ["RunFiles", "push_run", "run_files"]
 
-CHECKPOINT = "checkpoint"
 RESULTS = "results.json"
 EXTRAS = (
     "config.yaml", "table.md", "report.md", "curves.png", "protocols.png", "contexts.png", "contact_sheet.png", RESULTS,
@@ -55,9 +56,12 @@ def run_files(run_folder: Path, repo_id: str) -> RunFiles:
         repo_id: where it will go.
 
     Raises:
-        CheckpointError: the run is not finished, has no patched checkpoint, or a file is damaged.
+        CheckpointError: the run is not finished, has no patched checkpoint, or a file is damaged; or no repository can
+            have such an id.
         ConfigError: its results lack what a card tells.
     """
+    with hub_errors(repo_id, HubOptions(), what="cannot be pushed to"):
+        validate_repo_id(repo_id)
     checkpoint, results_file = run_folder / CHECKPOINT, run_folder / RESULTS
     if not results_file.is_file():
         raise CheckpointError(

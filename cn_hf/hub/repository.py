@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cn_hf.errors import CheckpointError
+from cn_hf.errors import CheckpointError, InputTypeError
 
-__all__ = ["CARD_FILE", "HubOptions", "checkpoint_folder", "hub_errors", "upload"]
+__all__ = ["CARD_FILE", "CHECKPOINT", "HubOptions", "checkpoint_folder", "hub_errors", "upload"]
 
 CARD_FILE = "README.md"
+CHECKPOINT = "checkpoint"
+"""The folder within that of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def checkpoint_folder(
     """A local folder that holds the checkpoint.
 
     Args:
-        id_or_folder: a folder, or ``"user/name"`` on the Hub.
+        id_or_folder: a folder, also of a run that holds one, or ``"user/name"`` on the Hub.
         options: how the Hub is asked.
         description_file: the file that a checkpoint cannot be without; it is fetched first.
         files_of: from the path of the description to the other files to fetch, as patterns relative to it.
@@ -79,15 +81,19 @@ def checkpoint_folder(
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be had.
     """
+    if not isinstance(id_or_folder, (str, os.PathLike)):
+        raise InputTypeError(f"Expected a folder or the id of a repository, received {id_or_folder!r}.")
     path = Path(id_or_folder)
     if path.is_dir():
-        return path / options.subfolder
+        folder = path / options.subfolder
+        inside = folder / CHECKPOINT  # where a run has it
+        return inside if not (folder / description_file).exists() and (inside / description_file).exists() else folder
     name = str(id_or_folder)
     if path.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
         raise CheckpointError(f"There is no folder {name}, and it is no id of a repository on the Hub (user/name).")
     import huggingface_hub
 
-    with hub_errors(name, options):
+    with hub_errors(name, options, what="is no folder here, and cannot be had from"):
         description = huggingface_hub.hf_hub_download(
             name,
             description_file,
@@ -142,7 +148,7 @@ def upload(
     import huggingface_hub
 
     api = huggingface_hub.HfApi(token=token)
-    with hub_errors(repo_id, HubOptions(revision=revision, token=token), verb="pushed to"):
+    with hub_errors(repo_id, HubOptions(revision=revision, token=token), what="cannot be pushed to"):
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -159,7 +165,7 @@ def upload(
 
 
 @contextmanager
-def hub_errors(name: str, options: HubOptions, *, verb: str = "had from") -> Iterator[None]:
+def hub_errors(name: str, options: HubOptions, *, what: str = "cannot be had from") -> Iterator[None]:
     """Turn what huggingface_hub raises into one ``CheckpointError`` that says what to do."""
     from huggingface_hub import errors
 
@@ -172,7 +178,7 @@ def hub_errors(name: str, options: HubOptions, *, verb: str = "had from") -> Ite
         cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
         reason = str(cause).strip().splitlines()
         told = reason[0] if reason else repr(cause)
-        raise CheckpointError(f"{name} cannot be {verb} the Hub: {_advice(cause, options)} [{told}]") from error
+        raise CheckpointError(f"{name} {what} the Hub: {_advice(cause, options)} [{told}]") from error
 
 
 def _advice(error: BaseException, options: HubOptions) -> str:
@@ -184,7 +190,9 @@ def _advice(error: BaseException, options: HubOptions) -> str:
         return "no such repository, or it is private: check the id, log in with `hf auth login` or pass token=."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {options.revision!r}."
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "it may not be asked (HF_HUB_OFFLINE)."
+    if isinstance(error, errors.LocalEntryNotFoundError):
         if options.local_files_only or constants.HF_HUB_OFFLINE:
             return "it is not in the cache, and the Hub may not be asked (local_files_only or HF_HUB_OFFLINE)."
         return "it is not in the cache, and the Hub cannot be reached: check the connection and try again."

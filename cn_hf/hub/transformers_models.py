@@ -174,7 +174,10 @@ def load_transformers(folder: Any, **options: Any) -> nn.Module:
     import transformers
 
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    config = transformers.AutoConfig.from_pretrained(folder, **hub)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json is missing, truncated or no config. Save it again.") from error
     if not isinstance(config, ContextConfig):
         raise CheckpointError(f"{folder} is a checkpoint of a plain transformers model; it has no contexts.")
     model_class = cast(Any, routed_class(transformers_class(config.architecture)))

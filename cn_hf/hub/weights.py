@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cn_hf.errors import CheckpointError
+from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.files import sha256_of, write_json, written_whole
 
 __all__ = [
     "INDEX_FILE",
     "NORMS_FILE",
     "WEIGHTS_FILE",
+    "check_shard_size",
     "check_weights",
     "checksums",
     "fingerprint",
@@ -77,6 +78,13 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{name}.index.json", index)
     return list(split.filename_to_tensors)
+
+
+def check_shard_size(size: int | str) -> None:
+    """Raise ``ConfigError`` unless ``size`` is a number of bytes above 0, or words such as ``"5GB"``."""
+    words = isinstance(size, str) and re.fullmatch(r"\d+(\.\d+)? *(KB|MB|GB|TB)", size.strip().upper())
+    if not words and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ConfigError(f'max_shard_size must be a number of bytes, or words such as "5GB"; received {size!r}.')
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
