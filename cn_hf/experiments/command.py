@@ -42,7 +42,9 @@ def reproduce(
     read_experiment(experiment).budget(budget)  # a wrong word is refused before heavy libraries are loaded
 
     from cn_hf.experiments.runner import reproduce_experiment
+    from cn_hf.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     reproduce_experiment(
         experiment,
         data_root=data_root,

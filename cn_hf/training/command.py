@@ -55,7 +55,11 @@ def config_command(
             if value is None or value == []:
                 continue
             options[name] = {**options.get(name, {}), **_read_pairs(name, value)} if name in mappings else value
-        run(config_class.from_dict(options), **flags)
+        checked = config_class.from_dict(options)
+        from cn_hf.training.memory import keep_freed_memory  # heavy: only once the options are known to be right
+
+        keep_freed_memory()
+        run(checked, **flags)
 
     file_option = typer.Option("--config", help="YAML or JSON file of options; the command line overrides it.")
     annotations: dict[str, Any] = {"config": Annotated[Path | None, file_option]}

@@ -64,12 +64,14 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees for its next allocations, and say whether that could be arranged.
+    """Let a program that trains on a CPU keep what it frees for its next step, and say whether that was arranged.
 
-    glibc gives large blocks back to the system, and a step on a CPU that takes them anew spends several percent of its
-    time on page faults. The peak is the same; between steps the process stays as large as it was. Other C libraries
-    are left as they are.
+    glibc gives large blocks back to the system, and a step that takes them anew spends several percent of its time on
+    page faults. The peak is the same; between steps the process stays as large as it was. Where there is an
+    accelerator, or another C library, nothing is changed.
     """
+    if torch.accelerator.is_available():
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc; not even a C library of the process, on Windows
