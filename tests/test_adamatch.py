@@ -358,6 +358,19 @@ def test_domain_batch_norm_is_one_batch_norm_for_each_context(shape: tuple[int, 
     assert norm.num_batches_tracked.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_domain_batch_norm_keeps_the_layout(training: bool) -> None:
+    x, ids = torch.randn(5, 3, 4, 6), torch.tensor([0, 1, 1, 0, 1])
+    norm = DomainBatchNorm(3, 2).train(training)
+    last = x.to(memory_format=torch.channels_last)
+    assert norm(x, ids).is_contiguous()
+    assert norm(last, ids).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(norm(last, ids), norm(x, ids))
+    of_tokens = DomainBatchNorm(3, 2, feature_dim=-1).train(training)
+    for maps in (x, last):
+        assert of_tokens(maps.movedim(1, -1), ids).stride() == maps.movedim(1, -1).stride()
+
+
 def test_domain_batch_norm_in_a_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     model(torch.randn(8, 3, 8, 8))

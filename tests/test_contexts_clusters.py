@@ -17,8 +17,10 @@ from torch import nn
 
 from cn_hf.contexts import ClusterContexts, ContextSource
 from cn_hf.contexts.chunks import map_chunks, sum_chunks
-from cn_hf.contexts.estimators import Clustering, Stopping, assign, expectation_maximisation, lloyd
+from cn_hf.contexts.estimators import Clustering, Stopping, assign, full_passes, lloyd
 from cn_hf.contexts.principal import principal_components, project
+from cn_hf.contexts.shared_rows import SharedRows
+from cn_hf.contexts.steps import GaussianSteps
 from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, DatasetFileError, InputTypeError
 
 COLOURS = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])
@@ -49,6 +51,11 @@ def blobs(count=400, features=7, components=3, seed=0):
     scales = generator.uniform(0.3, 2, (components, features))
     kinds = generator.integers(0, components, count)
     return torch.from_numpy(centers[kinds] + generator.normal(size=(count, features)) * scales[kinds])
+
+
+def expectation_maximisation(x, mean, var, prior, *, shift, stopping=None, reg_covar=1e-3):
+    start = Clustering(mean=mean, var=var, prior=prior, objective=0.0, num_iterations=0)
+    return full_passes(SharedRows(x), start, GaussianSteps(shift, var.mean(dim=0), reg_covar), stopping or Stopping())
 
 
 @pytest.mark.parametrize("reg_covar", [1e-6, 1e-3])

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import torch
 
-from cn_hf.contexts import drop_corrupt_images, iter_images
-from cn_hf.contexts.images import find_image_column, iter_decoded, to_array
+from cn_hf.contexts import drop_corrupt_images
+from cn_hf.contexts.images import find_image_column, iter_decoded, stack_arrays, to_array
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, InputTypeError
 
 IMAGES = datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int64")})
@@ -40,6 +40,11 @@ def corrupt(rows=6, bad=(1, 4)):
     return table(values)
 
 
+def decoded(data, **options):
+    """The rows of each batch and their pixels, uint8 (N, C, H, W)."""
+    return [(rows, stack_arrays(arrays, rows)) for rows, arrays in iter_decoded(data, **options)]
+
+
 @pytest.mark.parametrize("kind", ["dataset", "stream", "torch format", "shuffled", "undecoded"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_pixels_are_the_images_in_order(kind, num_workers):
@@ -56,32 +61,31 @@ def test_pixels_are_the_images_in_order(kind, num_workers):
     elif kind == "undecoded":
         data = data.cast_column("picture", datasets.Image(decode=False))
         data = data.cast_column("picture", datasets.Image())
-    chunks = list(iter_images(data, batch_size=4, num_workers=num_workers))
-    assert [len(chunk.rows) for chunk in chunks] == [4, 4, 2]
-    assert torch.cat([chunk.rows for chunk in chunks]).tolist() == list(range(10))
+    batches = decoded(data, batch_size=4, num_workers=num_workers)
+    assert [rows for rows, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     expected = np.stack([np.asarray(images[row]) for row in order]).transpose(0, 3, 1, 2)
-    pixels = torch.cat([chunk.pixels for chunk in chunks])
+    assert all(pixels.is_contiguous() for _, pixels in batches)
+    pixels = torch.cat([pixels for _, pixels in batches])
     assert pixels.dtype == torch.uint8
-    assert pixels.is_contiguous()
     assert np.array_equal(pixels.numpy(), expected)
 
 
 def test_chosen_rows_keep_their_numbers():
     data = table(encode(noise(seed=row)) for row in range(5))
-    [chunk] = iter_images(data, rows=[4, 1])
-    assert chunk.rows.tolist() == [4, 1]
-    assert np.array_equal(chunk.pixels[0].permute(1, 2, 0).numpy(), np.asarray(noise(seed=4)))
+    [(rows, pixels)] = decoded(data, rows=[4, 1])
+    assert rows == [4, 1]
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.asarray(noise(seed=4)))
     with pytest.raises(DatasetFileError, match="Image 4 "):
-        list(iter_images(corrupt(), rows=[2, 4]))
+        decoded(corrupt(), rows=[2, 4])
 
 
 def test_grayscale_becomes_rgb_and_colour_becomes_luma():
     gray, colour = noise(channels=1), noise()
-    [chunk] = iter_images(table([encode(gray), encode(colour)]))
-    assert torch.equal(chunk.pixels[0], torch.tensor(np.asarray(gray)).expand(3, -1, -1))
-    [chunk] = iter_images(table([encode(gray), encode(colour)]), mode="L")
-    assert chunk.pixels.shape == (2, 1, 5, 7)
-    assert np.array_equal(chunk.pixels[1, 0].numpy(), np.asarray(colour.convert("L")))
+    [(_, pixels)] = decoded(table([encode(gray), encode(colour)]))
+    assert torch.equal(pixels[0], torch.tensor(np.asarray(gray)).expand(3, -1, -1))
+    [(_, pixels)] = decoded(table([encode(gray), encode(colour)]), mode="L")
+    assert pixels.shape == (2, 1, 5, 7)
+    assert np.array_equal(pixels[1, 0].numpy(), np.asarray(colour.convert("L")))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
@@ -114,27 +118,26 @@ def test_float_images_and_wide_integers_are_refused_with_their_row():
     for image in (wide, floats):
         data = table([encode(noise()), encode(image, "TIFF")])
         with pytest.raises(DatasetFileError, match=r"Image 1 of column 'picture' .* no 8-bit meaning"):
-            list(iter_images(data, size=4))
+            decoded(data, size=4)
 
 
 def test_exif_orientation_is_applied():
     image = noise(4, 6)
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
-    [chunk] = iter_images(table([encode(image, exif=exif)]))
-    assert chunk.pixels.shape == (1, 3, 6, 4)
-    assert np.array_equal(chunk.pixels[0].permute(1, 2, 0).numpy(), np.rot90(np.asarray(image), -1))
+    [(_, pixels)] = decoded(table([encode(image, exif=exif)]))
+    assert pixels.shape == (1, 3, 6, 4)
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.rot90(np.asarray(image), -1))
 
 
 def test_sizes_are_unified_on_request_and_else_an_error_naming_the_row():
     data = table([encode(noise(5, 7)), encode(noise(5, 7)), encode(noise(8, 9))])
-    [chunk] = iter_images(data, size=(6, 4))
-    assert chunk.pixels.shape == (3, 3, 6, 4)
-    [chunk] = iter_images(data, size=6)
-    assert chunk.pixels.shape == (3, 3, 6, 6)
-    for batch_size in (1, 2, 8):
-        with pytest.raises(DatasetError, match=r"Image 2 is 8x9, image 0 is 5x7 .*image_size"):
-            list(iter_images(data, batch_size=batch_size))
+    [(_, pixels)] = decoded(data, size=(6, 4))
+    assert pixels.shape == (3, 3, 6, 4)
+    [(_, pixels)] = decoded(data, size=6)
+    assert pixels.shape == (3, 3, 6, 6)
+    with pytest.raises(DatasetError, match=r"Image 2 is 8x9, image 0 is 5x7 .*image_size"):
+        decoded(data)
     assert [array.shape for array in next(iter_decoded(data)).arrays] == [(5, 7, 3), (5, 7, 3), (8, 9, 3)]
 
 
@@ -144,7 +147,7 @@ def test_corrupt_images_are_named(num_workers, streaming):
     data = corrupt()
     data = data.to_iterable_dataset() if streaming else data
     with pytest.raises(DatasetFileError, match=r"Image 1 of column 'picture' cannot be read .*drop_corrupt_images"):
-        list(iter_images(data, num_workers=num_workers, batch_size=2))
+        decoded(data, num_workers=num_workers, batch_size=2)
     rows = [row for batch in iter_decoded(data, skip_corrupt=True, num_workers=num_workers) for row in batch.rows]
     assert rows == [0, 2, 3, 5]
 
@@ -156,7 +159,7 @@ def test_corrupt_images_are_named(num_workers, streaming):
 def test_missing_empty_and_foreign_values_are_named(value):
     data = table([encode(noise()), value])
     with pytest.raises(DatasetFileError, match="Image 1 of column 'picture' cannot be read"):
-        list(iter_images(data))
+        decoded(data)
 
 
 def test_corrupt_images_are_dropped_on_request_and_counted():
@@ -206,10 +209,10 @@ def test_the_image_column_is_found_or_said():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        list(iter_images(corrupt(), **options))
+        decoded(corrupt(), **options)
 
 
 def test_empty_split_has_no_chunks():
-    assert list(iter_images(table([]))) == []
+    assert decoded(table([])) == []
     with pytest.raises(InputTypeError, match="Expected a Dataset"):
         drop_corrupt_images([1])

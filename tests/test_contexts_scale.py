@@ -25,10 +25,11 @@ from sklearn.mixture import GaussianMixture
 
 from cn_hf.contexts import ClusterContexts, images
 from cn_hf.contexts.chunks import BLOCK_ROWS
-from cn_hf.contexts.estimators import Stopping, assign, cluster, expectation_maximisation, lloyd
+from cn_hf.contexts.estimators import Stopping, assign, cluster, full_passes, lloyd
 from cn_hf.contexts.processes import Processes
 from cn_hf.contexts.row_store import FileRows, RowStore
 from cn_hf.contexts.shared_rows import SharedRows
+from cn_hf.contexts.steps import GaussianSteps
 from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, DatasetFileError
 
 TESTS = Path(__file__).parent
@@ -264,10 +265,8 @@ def test_mini_batch_em_reaches_the_likelihood_and_labels_of_full_em_and_of_sciki
     ids = assign(x, found)
     assert adjusted_rand_score(kinds, ids) > 0.98
     assert adjusted_rand_score(reference.predict(x.numpy()), ids) > 0.995
-    full = expectation_maximisation(
-        x, found.mean, found.var, found.prior, shift=x.mean(dim=0), stopping=Stopping(tol=1e-7, max_iterations=500),
-        reg_covar=1e-6,
-    )  # fmt: skip
+    steps = GaussianSteps(x.mean(dim=0), found.var.mean(dim=0), 1e-6)
+    full = full_passes(SharedRows(x), found, steps, Stopping(tol=1e-7, max_iterations=500))
     assert abs(full.objective - found.objective) < 2e-3
 
 

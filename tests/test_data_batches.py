@@ -222,12 +222,12 @@ def test_a_shuffled_stream_is_the_same_for_a_seed_whatever_the_workers(num_worke
 
 def test_length_of_a_stream() -> None:
     stream = make_dataset().to_iterable_dataset()
-    assert len(streamed(stream, num_samples=N)) == 5
+    assert len(streamed(stream, num_rows=N)) == 5
     for wrong in (N - 1, N + 9):
-        with pytest.raises(DatasetError, match=f"has {N} rows, but num_samples is {wrong}"):
-            list(streamed(stream, num_samples=wrong))
-    with pytest.raises(ConfigError, match="num_samples is for streams"):
-        streamed(num_samples=N)
+        with pytest.raises(DatasetError, match=f"has {N} rows, but num_rows is {wrong}"):
+            list(streamed(stream, num_rows=wrong))
+    with pytest.raises(ConfigError, match="num_rows is for streams"):
+        streamed(num_rows=N)
 
 
 def test_untyped_and_filtered_streams() -> None:

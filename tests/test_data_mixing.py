@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cn_hf.data import DeviceBatches, Mixing, MixingConfig, build_augmentation
 from cn_hf.data.batches import MIXING_STREAM
-from cn_hf.data.mixing import draw_pairs
+from cn_hf.data.mixing import draw_mixes
 from cn_hf.data.order import stream_seed
 from cn_hf.errors import ConfigError
 
@@ -29,7 +29,7 @@ def slow_mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pair by pair, pixel by pixel, the shares counted."""
     total, _, height, width = images.shape
-    draws = draw_pairs(config, (total + 1) // 2, height, width, seed)
+    draws = draw_mixes(config, (total + 1) // 2, height, width, seed)
     mixed = images.clone()
     soft_labels, soft_contexts = torch.zeros(total, 4), torch.zeros(total, 3)
     for i in range(total):
@@ -134,7 +134,7 @@ def test_soft_contexts_and_images_of_one_class() -> None:
 
 def test_what_is_drawn_follows_the_config() -> None:
     count = 20_000
-    draws = draw_pairs(MixingConfig(mixup=0.4, cutmix=1.0, probability=0.6, switch_probability=0.25), count, 32, 16, 3)
+    draws = draw_mixes(MixingConfig(mixup=0.4, cutmix=1.0, probability=0.6, switch_probability=0.25), count, 32, 16, 3)
     none, cut = draws.level == 0, draws.level == 1
     assert abs(none.mean() - 0.4) < 0.02
     assert abs(cut.mean() - 0.6 * 0.25) < 0.01
@@ -151,14 +151,14 @@ def test_what_is_drawn_follows_the_config() -> None:
     inside = cut & (top > 0) & (bottom < 32) & (left > 0) & (right < 16)
     assert (np.abs((bottom - top) / 32 - (right - left) / 16)[inside] < 1 / 16 + 1 / 32).all()
     for config, level in ((ONLY_CUTMIX, 1.0), (MixingConfig(mixup=1, probability=0), 0.0)):
-        assert set(draw_pairs(config, 100, 4, 4, 0).level) == {level}
-    assert draw_pairs(BOTH, 0, 4, 4, 0).box.shape == (0, 4)
+        assert set(draw_mixes(config, 100, 4, 4, 0).level) == {level}
+    assert draw_mixes(BOTH, 0, 4, 4, 0).box.shape == (0, 4)
 
 
 @pytest.mark.parametrize("alpha", [1e-300, 1e-3, 1e6])
 def test_extreme_alphas_give_shares_between_nothing_and_all(alpha: float) -> None:
     for config in (MixingConfig(mixup=alpha), MixingConfig(cutmix=alpha)):
-        draws = draw_pairs(config, 1000, 8, 8, 0)
+        draws = draw_mixes(config, 1000, 8, 8, 0)
         assert np.isfinite(draws.level).all()
         assert ((draws.level >= 0) & (draws.level <= 1)).all()
         assert (draws.box[:, 1] >= draws.box[:, 0]).all()

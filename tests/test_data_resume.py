@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,8 @@ def test_nothing_before_the_start_is_decoded() -> None:
 
 
 def test_the_rows_of_a_stream_are_counted_from_its_beginning() -> None:
-    for rows, message in ((N, None), (N + 1, f"has {N} rows, but num_samples is {N + 1}")):
-        batches = stream(num_samples=rows)
+    for rows, message in ((N, None), (N + 1, f"has {N} rows, but num_rows is {N + 1}")):
+        batches = stream(num_rows=rows)
         batches.set_epoch(0, 3)
         if message is None:
             assert len(list(batches)) == 2
@@ -215,7 +217,7 @@ def test_a_killed_worker_is_one_clear_error_when_the_next_batch_is_asked_for(as_
     dataset = make_dataset(800)
     source = dataset.to_iterable_dataset().map(Slow(), features=dataset.features) if as_stream else dataset
     before = set(multiprocessing.active_children())
-    batches = iter(streamed(source, num_workers=2, num_samples=800 if as_stream else None))
+    batches = iter(streamed(source, num_workers=2, num_rows=800 if as_stream else None))
     assert len(next(batches)["labels"]) == 8
     [victim, *_] = set(multiprocessing.active_children()) - before
     assert victim.pid is not None
@@ -267,13 +269,45 @@ def test_a_worker_that_exits_and_one_that_raises_are_told_apart() -> None:
     dying = plain.map(DieInWorker(), features=dataset.features)
     assert len(list(streamed(dying))) == 5
     with pytest.raises(DatasetFileError, match="exited with code 3"):
-        list(streamed(dying, num_workers=1, num_samples=N))
+        list(streamed(dying, num_workers=1, num_rows=N))
     raising = plain.map(DieInWorker(RuntimeError("of its own")), features=dataset.features)
     with pytest.raises(RuntimeError, match="of its own"):
-        list(streamed(raising, num_workers=1, num_samples=N))
+        list(streamed(raising, num_workers=1, num_rows=N))
 
 
 def test_the_handler_of_child_deaths_is_left_alone() -> None:
     before = signal.getsignal(signal.SIGCHLD)
     list(streamed(num_workers=1))
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+KEPT = """
+import torch
+from cn_hf.data.workers import iterate
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise RuntimeError("broken")
+        return index
+
+items = iterate(Broken(), num_workers=1)
+if {abandoned}:
+    next(items)
+else:
+    try:
+        list(items)
+    except RuntimeError as error:
+        kept = error  # its traceback holds the iterator
+print("end")
+"""
+
+
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_a_program_ends_though_its_workers_take_no_signals(abandoned: bool) -> None:
+    code = KEPT.format(abandoned=abandoned)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "end\n"

@@ -136,6 +136,13 @@ def test_more_and_fewer_contexts_than_samples(num_contexts: int, parametrization
     assert layer.eval()(x).shape == x.shape
 
 
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("unknown", [-1, 3])
+def test_statistics_of_an_unknown_context_are_refused(unknown: int, parametrization: str) -> None:
+    with pytest.raises(ContextIdError, match=rf"must lie in 0..2, received {unknown}"):
+        layer_of(2, 3, parametrization=parametrization).statistics(unknown)
+
+
 class LargestMatrix(TorchDispatchMode):
     """Remembers how many numbers the largest new tensor held, and the rows given to matrix products."""
 

@@ -111,3 +111,9 @@ def test_augmentations_in_turn_draw_numbers_of_their_own() -> None:
 def test_nonsense_is_refused(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_places_outside_the_batch_are_refused(name: str) -> None:
+    with pytest.raises(InputShapeError, match="2 places in a batch of 2"):
+        AUGMENTS[name]()(torch.rand(2, 3, 12, 14), seed=0, places=torch.tensor([1, 2]), total=2)

@@ -45,6 +45,14 @@ def report() -> ProtocolReport:
     return ProtocolReport(rows=rows, top_k=(1, 5), context_depends_on_label=False, findings=("One.", "Two."))
 
 
+def test_rows_come_back_from_json() -> None:
+    for row in report():
+        assert ProtocolRow.from_dict(row.to_dict()) == row
+        assert ProtocolRow.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+    with pytest.raises(KeyError, match="num_samples"):
+        ProtocolRow.from_dict({"name": "predict", "kind": "deployable", "explanation": ""})
+
+
 def test_markdown_columns_line_up() -> None:
     table = markdown_table(["name", "a", "b"], [["x", "1", "long text"], ["a|b\nc", "22.5", ""]], align="lrc")
     assert table == (

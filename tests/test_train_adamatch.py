@@ -227,6 +227,26 @@ def test_an_empty_domain_is_named(day: Path, night: Path, monkeypatch: pytest.Mo
         load(config_of(day, night, validation_fraction=0.0))
 
 
+@pytest.mark.parametrize(("only", "missing"), [(0, "target"), (1, "source")])
+def test_a_domain_without_validation_images_is_named(
+    day: Path, night: Path, monkeypatch: pytest.MonkeyPatch, only: int, missing: str
+) -> None:
+    import cn_hf.training.adamatch_data as module
+
+    original = module.load_data
+
+    def of_one(config: AdaMatchConfig, accelerator: Accelerator, **options: Any) -> PreparedData:
+        data = original(config, accelerator, **options)
+        assert isinstance(data.validation, DeviceBatches)
+        assert data.validation.context_ids is not None
+        data.validation.context_ids.fill_(only)
+        return data
+
+    monkeypatch.setattr(module, "load_data", of_one)
+    with pytest.raises(DatasetError, match=f"no image of the {missing} is left for validation; raise"):
+        load(config_of(day, night))
+
+
 def test_a_configuration_can_stand_in_the_id(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'owner/name' is given two configurations, 'digits' and 'letters'"):
         load_splits("owner/name:digits", name="letters")

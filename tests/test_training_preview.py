@@ -128,7 +128,7 @@ def test_streams_are_not_read_for_their_contexts(tmp_path: Path) -> None:
     images = [Image.new("RGB", (12, 12), color) for color in COLORS for _ in range(3)]
     columns = {"image": images, "label": [0, 1, 0] * 3, "context_ids": [0, 0, 1] * 3}
     held = datasets.Dataset.from_dict(columns, features=features)
-    stream = StreamedBatches(held.to_iterable_dataset(), num_samples=9, batch_size=4)
+    stream = StreamedBatches(held.to_iterable_dataset(), num_rows=9, batch_size=4)
     data = dataclasses.replace(
         prepared(), train=stream, test=StreamedBatches(held, batch_size=4), num_classes=2, class_names=("a", "b"),
         context_names=("x", "y"), input_size=(3, 12, 12), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),

@@ -184,7 +184,7 @@ def _required(data: PreparedData) -> Batches:
 def _small_images(plan: Plan, settings: Settings, folder: Path) -> PreparedData:
     from cn_hf.data import build_augmentation
 
-    augmentation = build_augmentation(("flip", "crop"), image_size=None)
+    augmentation = build_augmentation(("flip", "crop"))
     return noise_data(
         plan.side, plan.images, settings.device, batch_size=plan.batch, shuffle=True, augment=augmentation
     )

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from cn_hf.contexts.clusters import ClusterContexts
     from cn_hf.contexts.column import ColumnContexts
     from cn_hf.contexts.corrupt import drop_corrupt_images
-    from cn_hf.contexts.images import iter_images
     from cn_hf.contexts.origin import OriginContexts
     from cn_hf.contexts.rules import BrightnessContexts, RuleContexts
 
@@ -24,7 +23,6 @@ __all__ = [
     "OriginContexts",
     "RuleContexts",
     "drop_corrupt_images",
-    "iter_images",
 ]
 
 _MODULES = {
@@ -36,7 +34,6 @@ _MODULES = {
     "OriginContexts": "origin",
     "RuleContexts": "rules",
     "drop_corrupt_images": "corrupt",
-    "iter_images": "images",
 }
 
 

@@ -33,7 +33,7 @@ from cn_hf.contexts.column import Categories
 from cn_hf.contexts.images import DECODE_ERRORS, decode_rows, find_image_column, open_image, to_image, unreadable
 from cn_hf.errors import DatasetError
 
-__all__ = ["Blend", "Origin", "find_label_column", "first_image_size", "unify"]
+__all__ = ["Blend", "Origin", "blended_label_column", "first_image_size", "unify"]
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # where several columns are class labels, the first of these is meant
 UNLABELLED = -1
@@ -76,7 +76,7 @@ class Origin:
         return np.where(ids == UNLABELLED, ids, ids + self.offset)
 
 
-def find_label_column(features: Mapping[str, Any], label_column: str | None = None) -> str:
+def blended_label_column(features: Mapping[str, Any], label_column: str | None = None) -> str:
     """The column of class labels: the one named, else ``label``, ``labels`` or ``fine_label``, else the only one.
 
     Raises:
@@ -123,7 +123,7 @@ def unify(split: Split, origin: Origin, blend: Blend) -> Split:
     features = features_of(split)
     columns = {find_image_column(features, origin.image_column): blend.image_column}
     if blend.class_names is not None:
-        columns[find_label_column(features, origin.label_column)] = blend.label_column
+        columns[blended_label_column(features, origin.label_column)] = blend.label_column
     if isinstance(split, datasets.IterableDataset):
         return _unify_stream(split, features, columns, origin, blend)
     image, label = next(iter(columns)), next(reversed(columns))

@@ -29,7 +29,7 @@ from cn_hf.contexts.shared_rows import SharedRows
 from cn_hf.contexts.steps import Clustering, GaussianSteps, KMeansSteps, Steps, Sums, assign
 from cn_hf.norm.functional import kmeans_plusplus
 
-__all__ = ["Clustering", "Stopping", "assign", "cluster", "expectation_maximisation", "lloyd", "sizes_of"]
+__all__ = ["Clustering", "Stopping", "assign", "cluster", "full_passes", "lloyd", "sizes_of"]
 
 _START_VECTORS = 2048
 _START_ELEMENTS = 2**26  # 256 MiB in float32, which bounds the sample where images are large
@@ -48,7 +48,7 @@ class Stopping:
 
     Attributes:
         max_iterations: at most this many passes over the vectors.
-        tol: see ``expectation_maximisation`` and ``lloyd``.
+        tol: of a mixture, a change of the mean log-likelihood of a vector; of k-means, see ``lloyd``.
         min_share: a component with less than this part of an equal share (``N / K``) of the vectors is set anew, at
             most three times a component; 0 keeps all as they are.
     """
@@ -84,7 +84,7 @@ def cluster(
     Returns:
         The components, on the device that the vectors are worked on.
     """
-    data = x if isinstance(x, SharedRows) else SharedRows(x)
+    data = SharedRows.of(x)
     generator = torch.Generator().manual_seed(seed)
     fitted, shift, spread = _start(data, num_components, method, generator, stopping, reg_covar)
     steps = _steps(method, shift.to(data.device), spread.to(data.device), reg_covar)
@@ -92,7 +92,7 @@ def cluster(
     if data.count > _MOST_FULL_PASSES_OVER:
         fitted, batch_passes = _mini_batches(data, fitted, steps, stopping, generator)
         stopping = dataclasses.replace(stopping, max_iterations=min(_LAST_PASSES, stopping.max_iterations))
-    fitted = _full_passes(data, fitted, steps, stopping)
+    fitted = full_passes(data, fitted, steps, stopping)
     return dataclasses.replace(fitted, num_iterations=fitted.num_iterations + batch_passes)
 
 
@@ -131,7 +131,7 @@ def _start(
         fitted = _from_k_means(few, num_components, seeds, steps, stopping)
         if sampled < data.count:
             sample = SharedRows(vectors[places.argsort().to(vectors.device)])
-            fitted = _full_passes(sample, fitted, steps, stopping)
+            fitted = full_passes(sample, fitted, steps, stopping)
         return fitted.to("cpu"), shift.cpu(), spread.cpu()
 
     return data.processes.on_first(start)
@@ -163,35 +163,6 @@ def _hard_update(x: Tensor, clustering: Clustering, steps: GaussianSteps) -> Clu
     return dataclasses.replace(clustering, mean=mean, var=var, prior=prior / prior.sum())
 
 
-def expectation_maximisation(
-    x: Rows | SharedRows,
-    mean: Tensor,
-    var: Tensor,
-    prior: Tensor,
-    *,
-    shift: Tensor,
-    stopping: Stopping = Stopping(),  # immutable
-    reg_covar: float = 1e-3,
-) -> Clustering:
-    """EM for diagonal Gaussians from a given start, as scikit-learn's ``GaussianMixture(covariance_type="diag")``.
-
-    Args:
-        x: ``(N, F)``, floating point or uint8.
-        mean: ``(K, F)``.
-        var: ``(K, F)``.
-        prior: ``(K,)``.
-        shift: ``(F,)``, near the data's mean.
-        stopping: its ``tol`` is a change of the mean log-likelihood of a vector.
-        reg_covar: added to every variance.
-
-    Returns:
-        The components after the last M-step.
-    """
-    start = Clustering(mean=mean, var=var, prior=prior, objective=-math.inf, num_iterations=0)
-    data = x if isinstance(x, SharedRows) else SharedRows(x)
-    return _full_passes(data, start, GaussianSteps(shift.to(mean), var.mean(dim=0), reg_covar), stopping)
-
-
 def lloyd(
     x: Rows | SharedRows,
     mean: Tensor,
@@ -213,11 +184,11 @@ def lloyd(
         The centres after the last update.
     """
     start = Clustering(mean=mean, var=None, prior=None, objective=math.inf, num_iterations=0)
-    data = x if isinstance(x, SharedRows) else SharedRows(x)
-    return _full_passes(data, start, KMeansSteps(shift.to(mean), spread), stopping)
+    data = SharedRows.of(x)
+    return full_passes(data, start, KMeansSteps(shift.to(mean), spread), stopping)
 
 
-def _full_passes(data: SharedRows, start: Clustering, steps: Steps, stopping: Stopping) -> Clustering:
+def full_passes(data: SharedRows, start: Clustering, steps: Steps, stopping: Stopping) -> Clustering:
     """E-steps over all vectors, an M-step after each, until the clustering has settled."""
     fitted, objective, passes = dataclasses.replace(start, objective=math.inf), math.inf, 0
     revivals = _MAX_REVIVALS * len(fitted.mean)

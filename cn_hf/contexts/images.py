@@ -25,20 +25,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cn_hf.contexts.access import Split, features_of, raw_batches
+from cn_hf.contexts.access import Split, check_columns, features_of, raw_batches
 from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, DatasetFileError, InputTypeError, nearest
 
 __all__ = [
     "DECODE_ERRORS",
+    "Array",
     "DecodedBatch",
-    "ImageBatch",
     "check_image_options",
     "decode_image",
     "decode_rows",
     "find_image_column",
     "images_to_arrays",
     "iter_decoded",
-    "iter_images",
     "open_image",
     "size_mismatch",
     "stack_arrays",
@@ -71,13 +70,6 @@ class DecodedBatch(NamedTuple):
     arrays: list[Array]
 
 
-class ImageBatch(NamedTuple):
-    """Rows of a dataset, decoded to one size: ``rows`` int64 ``(N,)``, ``pixels`` uint8 ``(N, C, H, W)``."""
-
-    rows: Tensor
-    pixels: Tensor
-
-
 def check_image_options(mode: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Validate a mode and a size; the size as (height, width), or None to leave sizes alone.
 
@@ -102,8 +94,7 @@ def find_image_column(features: Mapping[str, Any], image_column: str | None = No
     """
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is not None:
-        if image_column not in features:
-            raise DatasetError(f"No column {image_column!r} in the dataset; {nearest(image_column, features)}")
+        check_columns(features, [image_column])
         if image_column not in images:
             raise DatasetError(
                 f"Column {image_column!r} is {features[image_column]}, not datasets.Image(). Cast it: "
@@ -318,41 +309,6 @@ def size_mismatch(row: int, shape: Sequence[int], first_row: int, first_shape: S
         "(height x width). One size is needed here: give image_size=(height, width) to resize all "
         "(decode_size in a training config)."
     )
-
-
-def iter_images(
-    split: Split,
-    image_column: str | None = None,
-    *,
-    mode: str = "RGB",
-    size: int | Sequence[int] | None = None,
-    batch_size: int = 256,
-    rows: Sequence[int] | None = None,
-    num_workers: int = 0,
-    progress: str | None = None,
-) -> Iterator[ImageBatch]:
-    """As ``iter_decoded``, stacked: uint8 ``(N, C, H, W)`` chunks of one size with their dataset rows.
-
-    Raises:
-        DatasetError: no image column, or images of differing sizes with ``size=None``; names the row.
-        DatasetFileError: an image cannot be decoded; names its row.
-    """
-    first: tuple[int, Sequence[int]] | None = None
-    decoded = iter_decoded(
-        split,
-        image_column,
-        mode=mode,
-        size=size,
-        batch_size=batch_size,
-        rows=rows,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    for places, arrays in decoded:
-        first = first or (places[0], arrays[0].shape)
-        if arrays[0].shape != first[1]:
-            raise size_mismatch(places[0], arrays[0].shape, *first)
-        yield ImageBatch(torch.tensor(places), stack_arrays(arrays, places))
 
 
 def images_to_arrays(images: object, mode: str, size: tuple[int, int] | None) -> list[Array]:

@@ -36,7 +36,7 @@ from cn_hf.contexts.access import (
     training_split,
 )
 from cn_hf.contexts.base import ContextSource, check_names
-from cn_hf.contexts.blending import Blend, Origin, find_label_column, first_image_size, unify
+from cn_hf.contexts.blending import Blend, Origin, blended_label_column, first_image_size, unify
 from cn_hf.contexts.column import Categories
 from cn_hf.contexts.images import check_image_options, find_image_column
 from cn_hf.errors import (
@@ -296,7 +296,7 @@ def _describe_origin(
     find_image_column(features, image_column)
     categories = None
     if labels != "none":
-        label_column = find_label_column(features, label_column)
+        label_column = blended_label_column(features, label_column)
         categories = Categories.of(split, label_column)
     return Origin(index=index, image_column=image_column, label_column=label_column, categories=categories)
 

@@ -32,7 +32,7 @@ def principal_components(
     Returns:
         mean ``(F,)`` and orthonormal components ``(D, F)``, strongest first; float32.
     """
-    data = x if isinstance(x, SharedRows) else SharedRows(x)
+    data = SharedRows.of(x)
     features, of_first = data.num_features, data.processes.of_first
     [total] = data.sum(lambda chunk: [chunk.sum(dim=0, dtype=torch.float64)], torch.float32, "mean image")
     mean = (total / data.count).float()

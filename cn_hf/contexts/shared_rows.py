@@ -40,6 +40,11 @@ class SharedRows:
         [count] = processes.sum([torch.tensor(len(rows), dtype=torch.float64)])
         self.count = int(count)
 
+    @classmethod
+    def of(cls, x: Rows | SharedRows) -> SharedRows:
+        """``x`` itself, or vectors of this process alone."""
+        return x if isinstance(x, SharedRows) else cls(x)
+
     @property
     def num_features(self) -> int:
         """How many features a vector has (``F``)."""

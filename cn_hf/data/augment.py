@@ -23,7 +23,7 @@ from torch import Tensor
 from cn_hf.data.order import stream_seed
 from cn_hf.errors import ConfigError, InputShapeError, InputTypeError, nearest
 
-__all__ = ["Augment", "Augmentation", "AugmentationConfig", "InTurn", "build_augmentation"]
+__all__ = ["Augment", "Augmentation", "AugmentationConfig", "InTurn", "build_augmentation", "whole_batch"]
 
 # Parameters that kornia returns once per batch instead of once per image.
 PER_BATCH = ("forward_input_shape",)
@@ -141,16 +141,11 @@ class Augmentation:
 
         Raises:
             InputTypeError: ``images`` are not floating point.
-            InputShapeError: ``images`` are not (N, C, H, W); ``places`` are not N, or lie outside the batch.
+            InputShapeError: See ``whole_batch``.
         """
         if not images.is_floating_point():
             raise InputTypeError(f"images must be floats in [0, 1]; got {images.dtype}; divide uint8 by 255 first")
-        if images.ndim != 4:
-            raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
-        places = torch.arange(len(images)) if places is None else places
-        total = len(images) if total is None else total
-        if places.shape != (len(images),) or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < total):
-            raise InputShapeError(f"places must be {len(images)} places in a batch of {total}; got {places.tolist()}")
+        places, total = whole_batch(images, places, total)
         with _cpu_random_numbers(seed):
             for operation in self._random_operations(images):
                 if operation is None:
@@ -200,6 +195,21 @@ class InTurn:
         for number, augment in enumerate(self.augments):
             images = augment(images, seed=stream_seed(seed, number), places=places, total=total)
         return images
+
+
+def whole_batch(images: Tensor, places: Tensor | None, total: int | None) -> tuple[Tensor, int]:
+    """``places`` and ``total`` of ``Augment``; where they are None, those of ``images`` as a whole batch.
+
+    Raises:
+        InputShapeError: ``images`` are not (N, C, H, W); ``places`` are not N, or lie outside the batch.
+    """
+    if images.ndim != 4:
+        raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
+    places = torch.arange(len(images)) if places is None else places
+    total = len(images) if total is None else total
+    if places.shape != (len(images),) or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < total):
+        raise InputShapeError(f"places must be {len(images)} places in a batch of {total}; got {places.tolist()}")
+    return places, total
 
 
 def build_augmentation(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,12 +25,32 @@ from cn_hf.data.mixing import Mixing
 from cn_hf.data.order import balanced_order, epoch_order, process_slice, stream_seed
 from cn_hf.errors import ConfigError, DatasetError, InputShapeError, InputTypeError
 
-__all__ = ["Batch", "Batches", "DeviceBatches"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Batch", "BatchOptions", "Batches", "DeviceBatches", "check_balanceable"]
 
 Batch = dict[str, Tensor]
 
 # Keeps the random numbers of mixing apart from those of the augmentation of the same batch.
 MIXING_STREAM = 1
+
+
+class BatchOptions(TypedDict, total=False):
+    """The options of ``Batches``, where they are described, besides ``batch_size``."""
+
+    shuffle: bool
+    seed: int
+    drop_last: bool
+    augment: Augment | None
+    mixing: Mixing | None
+    balance_contexts: bool
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    device: torch.device | str
+    num_processes: int
+    process_index: int
+    dtype: torch.dtype
 
 
 class Batches(ABC):
@@ -220,19 +241,8 @@ class DeviceBatches(Batches):
         labels: (N,), integers.
         context_ids: (N,) integers, or (N, T) float weights; None where the data has no contexts.
         rows: (N,), the dataset rows of the images; None: 0 to N - 1.
-        batch_size: This and all others: see ``Batches``.
-        shuffle: See ``Batches``.
-        seed: See ``Batches``.
-        drop_last: See ``Batches``.
-        augment: See ``Batches``.
-        mixing: See ``Batches``.
-        balance_contexts: See ``Batches``.
-        mean: See ``Batches``.
-        std: See ``Batches``.
-        device: See ``Batches``.
-        num_processes: See ``Batches``.
-        process_index: See ``Batches``.
-        dtype: See ``Batches``.
+        batch_size: Images of a global batch.
+        options: The others of ``Batches``.
 
     Raises:
         InputTypeError: A tensor has the wrong dtype.
@@ -249,34 +259,9 @@ class DeviceBatches(Batches):
         *,
         rows: Tensor | None = None,
         batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        augment: Augment | None = None,
-        mixing: Mixing | None = None,
-        balance_contexts: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        device: torch.device | str = "cpu",
-        num_processes: int = 1,
-        process_index: int = 0,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[BatchOptions],
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            augment=augment,
-            mixing=mixing,
-            balance_contexts=balance_contexts,
-            mean=mean,
-            std=std,
-            device=device,
-            num_processes=num_processes,
-            process_index=process_index,
-            dtype=dtype,
-        )
+        super().__init__(batch_size=batch_size, **options)
         rows = torch.arange(len(images)) if rows is None else rows
         _check_tensors(images, labels, context_ids, rows)
         check_channels(images.shape[1], self.mean)
@@ -287,10 +272,10 @@ class DeviceBatches(Batches):
         if context_ids is not None:
             kind = torch.float32 if context_ids.is_floating_point() else torch.int64
             self.context_ids = context_ids.to(self.device, kind)
-        if balance_contexts:
+        if self.balance_contexts:
             check_balanceable(context_ids)
-        if mixing is not None:
-            mixing.check(labels, context_ids)
+        if self.mixing is not None:
+            self.mixing.check(labels, context_ids)
 
     @property
     def num_rows(self) -> int:
@@ -304,16 +289,21 @@ class DeviceBatches(Batches):
         for number in range(self.start, len(self)):
             whole = order[number * self.batch_size : (number + 1) * self.batch_size]
             part = part_of(len(whole))
-            mine = whole[part]
-            yield self._batch(
-                self.images.index_select(0, mine),
-                self.labels.index_select(0, mine),
-                None if self.context_ids is None else self.context_ids.index_select(0, mine),
-                self.rows.index_select(0, mine),
-                number=number,
-                places=torch.arange(part.start, part.stop),
-                total=len(whole),
-            )
+            places = torch.arange(part.start, part.stop)
+            yield self._chosen(whole[part], number=number, places=places, total=len(whole))
+
+    def _chosen(self, chosen: Tensor, *, number: int, places: Tensor, total: int) -> Batch:
+        """``_batch`` of the images at the places ``chosen`` (n,)."""
+        chosen = chosen.to(self.device)
+        return self._batch(
+            self.images.index_select(0, chosen),
+            self.labels.index_select(0, chosen),
+            None if self.context_ids is None else self.context_ids.index_select(0, chosen),
+            self.rows.index_select(0, chosen),
+            number=number,
+            places=places,
+            total=total,
+        )
 
     def fingerprint(self) -> str:
         """Hex digest of all pixels, labels, contexts and rows."""

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from cn_hf.contexts.images import check_image_options, iter_decoded, size_mismatch, stack_arrays
 from cn_hf.data.loading import find_image_column
-from cn_hf.data.workers import ignore_stop_signals, iterate_loader
+from cn_hf.data.workers import iterate
 from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError, nearest
 
 __all__ = ["DecodedImages", "OnError", "check_on_error", "decode_images", "image_shape"]
@@ -88,17 +88,10 @@ def decode_images(
     if num_rows == 0:
         raise DatasetError("the dataset has no rows, so there are no images to decode")
     chunks = _Chunks(dataset, column, image_mode, check_image_options(image_mode, image_size), on_error == "skip")
-    loader = torch.utils.data.DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=min(num_workers, len(chunks)),
-        collate_fn=_as_it_is,
-        worker_init_fn=ignore_stop_signals,
-    )
     images: Tensor | None = None
     kept: list[int] = []
     with tqdm(total=num_rows, desc=progress, unit="image", disable=None if progress else True, leave=False) as bar:
-        for chunk in iterate_loader(loader):
+        for chunk in iterate(chunks, num_workers=min(num_workers, len(chunks))):
             if isinstance(chunk, CnHfError):
                 raise chunk
             rows, pixels = chunk
@@ -182,7 +175,3 @@ def check_on_error(on_error: str) -> None:
 def _hwc(images: Tensor) -> tuple[int, int, int]:
     _, channels, height, width = images.shape
     return height, width, channels
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk

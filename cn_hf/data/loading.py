@@ -24,8 +24,11 @@ from cn_hf.contexts.images import find_image_column as image_column_of
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, nearest
 
 __all__ = [
+    "check_context_feature",
+    "check_labels",
     "find_image_column",
     "find_label_column",
+    "label_columns",
     "label_names",
     "load_splits",
     "read_context_ids",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cn_hf.errors import ConfigError
 
-__all__ = ["Mixing", "MixingConfig", "PairDraws", "draw_pairs"]
+__all__ = ["MixDraws", "Mixing", "MixingConfig", "draw_mixes"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class MixingConfig:
         return self.probability == 0 or self.mixup == self.cutmix == 0
 
 
-class PairDraws(NamedTuple):
+class MixDraws(NamedTuple):
     """What is drawn for each of K pairs: the partner's pixels get weight ``level`` inside the box, 0 outside.
 
     ``level`` (K,) float64; ``box`` (K, 4) int64: top, bottom (excluded), left, right (excluded). Mixup's box is the
@@ -73,7 +73,7 @@ class PairDraws(NamedTuple):
     box: np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
-def draw_pairs(config: MixingConfig, num_pairs: int, height: int, width: int, seed: int) -> PairDraws:
+def draw_mixes(config: MixingConfig, num_pairs: int, height: int, width: int, seed: int) -> MixDraws:
     """Draw for the K pairs of a global batch.
 
     CutMix's box has the proportions of the image, its centre anywhere in it; what lies beyond the border is cut off.
@@ -92,7 +92,7 @@ def draw_pairs(config: MixingConfig, num_pairs: int, height: int, width: int, se
         centre = random.integers(0, side, num_pairs)
         box[:, column] = np.where(cut, np.maximum(centre - length // 2, 0), 0)
         box[:, column + 1] = np.where(cut, np.minimum(centre + (length + 1) // 2, side), side)
-    return PairDraws(level, box)
+    return MixDraws(level, box)
 
 
 class Mixing:
@@ -144,7 +144,7 @@ class Mixing:
         """
         height, width = images.shape[-2:]
         # An odd last image has a pair's draw of its own, which goes unused.
-        draws = draw_pairs(self.config, (total + 1) // 2, height, width, seed)
+        draws = draw_mixes(self.config, (total + 1) // 2, height, width, seed)
         partner = _partners(places, total)
         pair = (places // 2).numpy()
         level = torch.from_numpy(draws.level[pair])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_hf.data.augment import whole_batch
 from cn_hf.errors import ConfigError, InputShapeError
 
 __all__ = ["Neighbours"]
@@ -49,12 +50,11 @@ class Neighbours:
         """Augment float images (N, C, H, W) in [0, 1], by default a whole batch; see ``Augment`` for the arguments.
 
         Raises:
-            InputShapeError: ``images`` are not of the pool's shape.
+            InputShapeError: ``images`` are not of the pool's shape; or see ``whole_batch``.
         """
         if images.shape[1:] != self.pool.shape[1:]:
             raise InputShapeError(f"images must be (N, {tuple(self.pool.shape[1:])}); got {tuple(images.shape)}")
-        places = torch.arange(len(images)) if places is None else places
-        total = len(images) if total is None else total
+        places, total = whole_batch(images, places, total)
         generator = torch.Generator().manual_seed(seed % 2**63)
         chosen = torch.rand(total, generator=generator)[places] < self.probability
         drawn = torch.randint(len(self.pool), (total, 2), generator=generator)[places]

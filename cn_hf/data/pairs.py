@@ -13,7 +13,7 @@ Shapes: N images in all, n pairs of a batch on this process, C channels, H and W
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,19 +126,8 @@ class PairBatches(DeviceBatches):
             part = part_of(len(first))
             places = torch.arange(part.start, part.stop)
             # Of the 2 n images of a batch, pair i has numbers i and i + n.
-            drawn: dict[str, Any] = {"number": number, "total": 2 * len(first)}
-            batch = self._chosen(first[part], places=places, **drawn)
-            other = self._chosen(second[part], places=places + len(first), **drawn)
+            total = 2 * len(first)
+            batch = self._chosen(first[part], number=number, places=places, total=total)
+            other = self._chosen(second[part], number=number, places=places + len(first), total=total)
             batch["labels"] = different[part].long().to(self.device)
             yield batch | {f"other_{name}": value for name, value in other.items() if name != "labels"}
-
-    def _chosen(self, chosen: Tensor, **options: Any) -> Batch:
-        chosen = chosen.to(self.device)
-        contexts = None if self.context_ids is None else self.context_ids.index_select(0, chosen)
-        return self._batch(
-            self.images.index_select(0, chosen),
-            self.labels.index_select(0, chosen),
-            contexts,
-            self.rows.index_select(0, chosen),
-            **options,
-        )

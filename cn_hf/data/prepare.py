@@ -17,7 +17,7 @@ from cn_hf.contexts import CONTEXT_COLUMN, ContextSource, drop_corrupt_images
 from cn_hf.contexts.access import features_of
 from cn_hf.contexts.images import iter_decoded, stack_arrays
 from cn_hf.data.augment import Augmentation
-from cn_hf.data.batches import Batches, DeviceBatches
+from cn_hf.data.batches import Batches, BatchOptions, DeviceBatches
 from cn_hf.data.images import DecodedImages, OnError, check_on_error, decode_images, image_shape
 from cn_hf.data.loading import (
     find_image_column,
@@ -157,8 +157,8 @@ def prepare_data(
     batches: dict[str, Batches] = {}
     for name, split in readable.items():
         training = name == "train"
-        options: dict[str, Any] = {
-            "batch_size": batch_size if training or eval_batch_size is None else eval_batch_size,
+        size = batch_size if training or eval_batch_size is None else eval_batch_size
+        options: BatchOptions = {
             "shuffle": training,
             "seed": seed,
             "drop_last": drop_last and training,
@@ -173,10 +173,22 @@ def prepare_data(
             "dtype": dtype,
         }
         if name in held:
-            batches[name] = _held_batches(split, held[name], label_column, num_classes, options)
+            images, rows = held[name].images, held[name].rows
+            labels = torch.from_numpy(read_labels(split, label_column, num_classes))
+            batches[name] = DeviceBatches(
+                images, labels, read_context_ids(split), rows=rows, batch_size=size, **options
+            )
         else:
-            options.update(decoding, on_error=on_error, num_workers=num_workers)
-            batches[name] = StreamedBatches(split, image_column=image_column, label_column=label_column, **options)
+            batches[name] = StreamedBatches(
+                split,
+                image_column=image_column,
+                label_column=label_column,
+                on_error=on_error,
+                num_workers=num_workers,
+                batch_size=size,
+                **decoding,
+                **options,
+            )
     resized = None if augment is None else augment.config.image_size
     height, width = (shape[1], shape[2]) if resized is None or isinstance(resized, int) else resized
     return PreparedData(
@@ -314,13 +326,6 @@ def _first_shape(
         channels, height, width = next(iter(shapes.values()))
         return channels, height, width
     return image_shape(next(iter(splits.values())), image_column, **decoding)
-
-
-def _held_batches(
-    split: Any, decoded: DecodedImages, label_column: str, num_classes: int, options: dict[str, Any]
-) -> DeviceBatches:
-    labels = torch.from_numpy(read_labels(split, label_column, num_classes))
-    return DeviceBatches(decoded.images, labels, read_context_ids(split), rows=decoded.rows, **options)
 
 
 def _augment_for(augment: Augmentation | None, training: bool) -> Augmentation | None:

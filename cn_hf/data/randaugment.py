@@ -15,7 +15,8 @@ from kornia.enhance import equalize, posterize, sharpness
 from kornia.geometry.transform import rotate, shear, translate
 from torch import Tensor
 
-from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.data.augment import whole_batch
+from cn_hf.errors import ConfigError
 
 __all__ = ["OPERATIONS", "RandAugment"]
 
@@ -52,17 +53,13 @@ class RandAugment:
         """Augment float images (N, C, H, W) in [0, 1], by default a whole batch; see ``Augment`` for the arguments.
 
         Raises:
-            InputShapeError: ``images`` are not (N, C, H, W).
+            InputShapeError: See ``whole_batch``.
         """
-        if images.ndim != 4:
-            raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
-        total = len(images) if total is None else total
+        places, total = whole_batch(images, places, total)
         generator = torch.Generator().manual_seed(seed % 2**63)
         shape = (total, self.num_operations)
-        drawn = torch.randint(len(OPERATIONS), shape, generator=generator)
-        ways = torch.randint(2, shape, generator=generator) * 2 - 1
-        if places is not None:
-            drawn, ways = drawn[places], ways[places]
+        drawn = torch.randint(len(OPERATIONS), shape, generator=generator)[places]
+        ways = torch.randint(2, shape, generator=generator)[places] * 2 - 1
         images = images.clone()
         operations = list(OPERATIONS.values())
         for turn in range(self.num_operations):

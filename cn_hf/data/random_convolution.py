@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.data.augment import whole_batch
+from cn_hf.errors import ConfigError
 
 __all__ = ["RandomConvolution"]
 
@@ -46,12 +47,9 @@ class RandomConvolution:
         """Augment float images (N, C, H, W) in [0, 1], by default a whole batch; see ``Augment`` for the arguments.
 
         Raises:
-            InputShapeError: ``images`` are not (N, C, H, W).
+            InputShapeError: See ``whole_batch``.
         """
-        if images.ndim != 4:
-            raise InputShapeError(f"images must be (N, C, H, W); got {tuple(images.shape)}")
-        places = torch.arange(len(images)) if places is None else places
-        total = len(images) if total is None else total
+        places, total = whole_batch(images, places, total)
         channels, largest = images.shape[1], SIDES[-1]
         generator = torch.Generator().manual_seed(seed % 2**63)
         chosen = torch.rand(total, generator=generator)[places] < self.probability

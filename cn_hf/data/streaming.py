@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from cn_hf.contexts.access import CONTEXT_COLUMN, features_of, raw_batches, raw_features, with_features
 from cn_hf.contexts.images import check_image_options, decode_image, stack_arrays, unreadable
-from cn_hf.data.augment import Augment
-from cn_hf.data.batches import Batch, Batches, check_balanceable
+from cn_hf.data.batches import Batch, Batches, BatchOptions, check_balanceable
 from cn_hf.data.fingerprint import dataset_fingerprint, stream_fingerprint
 from cn_hf.data.images import OnError, check_on_error, image_shape
 from cn_hf.data.loading import (
@@ -34,10 +33,12 @@ from cn_hf.data.loading import (
     label_names,
     read_context_ids,
 )
-from cn_hf.data.mixing import Mixing
 from cn_hf.data.order import stream_seed
-from cn_hf.data.workers import ignore_stop_signals, iterate_loader
+from cn_hf.data.workers import iterate
 from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["StreamedBatches"]
 
@@ -54,27 +55,16 @@ class StreamedBatches(Batches):
         image_mode: "RGB" or "L".
         on_error: "raise" at an image that cannot be read, or "skip" it, which leaves its batch smaller; rows skipped
             in the last pass are in ``skipped``.
-        num_samples: Rows of the stream, where known; None: they are counted in a pass over its labels when first
-            needed. Not for a Dataset, which knows.
+        num_rows: Of the stream, where known; None: they are counted in a pass over its labels when first needed. Not
+            for a Dataset, which knows.
         shuffle_buffer: Rows of a stream (encoded) that shuffling holds in memory.
         num_workers: See the module; 0 decodes in this process.
-        batch_size: This and all others: see ``Batches``.
-        shuffle: See ``Batches``.
-        seed: See ``Batches``.
-        drop_last: See ``Batches``.
-        augment: See ``Batches``.
-        mixing: See ``Batches``.
-        balance_contexts: See ``Batches``. Not for a stream.
-        mean: See ``Batches``.
-        std: See ``Batches``.
-        device: See ``Batches``.
-        num_processes: See ``Batches``.
-        process_index: See ``Batches``.
-        dtype: See ``Batches``.
+        batch_size: Images of a global batch.
+        options: The others of ``Batches``; a stream takes no ``balance_contexts``.
 
     Raises:
         DatasetError: A column is missing, or the dataset is empty. While iterating: a label is out of range, images
-            differ in size and no size was given, or the stream has not ``num_samples`` rows.
+            differ in size and no size was given, or the stream has not ``num_rows`` rows.
         DatasetFileError: While iterating: an image cannot be read (its row is named), or a worker process died.
         ConfigError: A value is out of range.
     """
@@ -88,38 +78,13 @@ class StreamedBatches(Batches):
         image_size: int | Sequence[int] | None = None,
         image_mode: str = "RGB",
         on_error: OnError = "raise",
-        num_samples: int | None = None,
+        num_rows: int | None = None,
         shuffle_buffer: int = 10_000,
         num_workers: int = 0,
         batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        augment: Augment | None = None,
-        mixing: Mixing | None = None,
-        balance_contexts: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        device: torch.device | str = "cpu",
-        num_processes: int = 1,
-        process_index: int = 0,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[BatchOptions],
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            augment=augment,
-            mixing=mixing,
-            balance_contexts=balance_contexts,
-            mean=mean,
-            std=std,
-            device=device,
-            num_processes=num_processes,
-            process_index=process_index,
-            dtype=dtype,
-        )
+        super().__init__(batch_size=batch_size, **options)
         check_on_error(on_error)
         if num_workers < 0 or shuffle_buffer < 1:
             raise ConfigError(
@@ -128,17 +93,17 @@ class StreamedBatches(Batches):
         is_stream = isinstance(dataset, datasets.IterableDataset)
         if not is_stream and len(dataset) == 0:
             raise DatasetError("the dataset has no rows, so there are no images to make batches of")
-        if not is_stream and num_samples is not None:
-            raise ConfigError("num_samples is for streams; a Dataset knows its length")
+        if not is_stream and num_rows is not None:
+            raise ConfigError("num_rows is for streams; a Dataset knows its length")
         self.dataset = dataset
         self.is_stream = is_stream
         self.shuffle_buffer = shuffle_buffer
         self.num_workers = num_workers
         self.skipped: tuple[int, ...] = ()
-        self._num_rows = num_samples if is_stream else len(dataset)
+        self._num_rows = num_rows if is_stream else len(dataset)
         self._image_shape: tuple[int, ...] | None = None
         self._decoder = _PartDecoder(dataset, image_column, label_column, image_size, image_mode, on_error)
-        self._balanced_ids = self._read_balanced_ids() if balance_contexts else None
+        self._balanced_ids = self._read_balanced_ids() if self.balance_contexts else None
 
     @property
     def num_rows(self) -> int:
@@ -216,16 +181,8 @@ class StreamedBatches(Batches):
             source = _IndexedParts(self, torch.split(self._order(self._balanced_ids), self.batch_size))
             numbers = range(self.start, len(self))
             workers = min(self.num_workers, len(numbers))
-        loader = torch.utils.data.DataLoader(
-            source,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=self.device.type == "cuda",
-        )
-        yield from iterate_loader(loader)
+        pin_memory = self.device.type == "cuda"
+        yield from iterate(source, num_workers=workers, sampler=numbers, pin_memory=pin_memory)
 
 
 class _Part(NamedTuple):
@@ -388,11 +345,7 @@ class _StreamParts(torch.utils.data.IterableDataset["_Part | CnHfError"]):
                     mine, rows[part], first_place=part.start, number=number, total=len(rows), threads=threads
                 )
             if self.num_rows is not None and count != self.num_rows:
-                yield DatasetError(f"the stream has {count} rows, but num_samples is {self.num_rows}")
+                yield DatasetError(f"the stream has {count} rows, but num_rows is {self.num_rows}")
         finally:
             if threads is not None:
                 threads.shutdown(wait=True, cancel_futures=True)
-
-
-def _as_it_is(part: Any) -> Any:
-    return part

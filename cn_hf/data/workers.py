@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch.utils.data
 
 from cn_hf.errors import DatasetFileError
 
-__all__ = ["ignore_stop_signals", "iterate_loader"]
+__all__ = ["iterate"]
 
 Item = TypeVar("Item")
 
@@ -26,22 +27,41 @@ _TRANSPORT_ERRORS = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 _GRACE = 1.0
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For ``worker_init_fn``: a signal to the whole group stops the run, which then ends its workers itself."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def iterate(
+    source: torch.utils.data.Dataset[Item],
+    *,
+    num_workers: int,
+    sampler: Iterable[int] | None = None,
+    pin_memory: bool = False,
+) -> Iterator[Item]:
+    """The items of a dataset, loaded ahead by worker processes.
 
-
-def iterate_loader(loader: torch.utils.data.DataLoader[Item]) -> Iterator[Item]:
-    """The items of a DataLoader.
+    Args:
+        source: A map-style dataset, or an iterable one, which a single process reads.
+        num_workers: 0 loads in this process.
+        sampler: The items and their order, of a map-style dataset; None: all, from the first to the last.
+        pin_memory: As of torch's DataLoader.
 
     Raises:
         DatasetFileError: A worker process died; seconds after the last item that it had sent.
     """
+    loader = torch.utils.data.DataLoader(
+        source,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_stop_signals,
+        pin_memory=pin_memory,
+    )
     before = multiprocessing.active_children()
     with _child_death_handler_kept():
         iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in before]
+    # An error's traceback can keep the iterator for as long as the program lives, whose end would then wait for workers
+    # that take no signal to stop.
+    stop: Callable[[], None] = getattr(iterator, "_shutdown_workers", lambda: None)
+    atexit.register(stop)
     try:
         yield from iterator
     except _TRANSPORT_ERRORS as error:
@@ -52,6 +72,19 @@ def iterate_loader(loader: torch.utils.data.DataLoader[Item]) -> Iterator[Item]:
             f"a worker process that reads and decodes images died: {', '.join(map(_cause, dead))}. Use fewer workers "
             "or none (num_workers=0), smaller batches or smaller images; a run that keeps checkpoints can be resumed"
         ) from error
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole group stops the run, which then ends its workers itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

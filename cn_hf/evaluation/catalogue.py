@@ -18,13 +18,12 @@ from cn_hf.errors import ConfigError, ContextSourceError
 from cn_hf.evaluation.leak import mask_to_context
 from cn_hf.evaluation.networks import logits_of, network_device
 from cn_hf.evaluation.passes import Batch, Protocol
-from cn_hf.evaluation.report import RowKind
+from cn_hf.evaluation.report import BASELINE, CONTEXT_ONLY, MASKED, RowKind
 from cn_hf.norm import ContextNorm
 from cn_hf.patching.inference import set_inference
 from cn_hf.patching.routing import router_of
 
 __all__ = [
-    "CONTEXT_ONLY",
     "PAPERS_AND_OURS",
     "Scorer",
     "averaged",
@@ -38,9 +37,8 @@ __all__ = [
 
 PAPERS_SETTING = ("batch", "sqrt_t")
 PAPERS_AND_OURS = (PAPERS_SETTING, ("learned", "none"))
-CONTEXT_ONLY, BASELINE, MASKED = "context-only floor", "baseline", "masked baseline"
 OVERSHOOT = 0.25  # how far a resize of floating-point images may push pixels out of 0..1
-NO_COUNTS = "no class_counts of the training split were given"
+NO_COUNTS = "the training split's images were not counted by class and context"
 
 
 class Scorer:

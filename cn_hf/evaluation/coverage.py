@@ -31,7 +31,7 @@ from cn_hf.patching import patch_model, patch_report, unpatch_model
 from cn_hf.patching.convert import NORMS, REFUSED, qualified_name
 from cn_hf.patching.placement import is_norm_like, refused_inside
 
-__all__ = ["Rows", "build_timm", "check_model", "chosen_timm_models", "structure_of_timm", "sweep"]
+__all__ = ["BATCH_SIZE", "Rows", "build_timm", "check_model", "chosen_timm_models", "structure_of_timm", "sweep"]
 
 NORM_MODES = ("cn-patches", "cn-channels", "cn", "dsbn")
 IMAGE_SIZES = (64, 96, 128, 160, 192, 224, 256)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cn_hf.evaluation.leak import context_depends_on_label, label_bits
-from cn_hf.evaluation.report import ProtocolRow
+from cn_hf.evaluation.report import MASKED, ProtocolRow
 
 __all__ = ["compared", "findings", "leak_finding", "paired_difference"]
 
@@ -72,7 +72,8 @@ def leak_finding(class_counts: Tensor | None) -> str:
     """One sentence: what the context gives away about the class, in the training split."""
     if class_counts is None:
         return (
-            "Whether the context depends on the label is not known: no class_counts of the training split were given."
+            "Whether the context depends on the label is not known: the training split's images were not counted by "
+            "class and context."
         )
     num_contexts = int((class_counts.sum(dim=1) > 0).sum())
     if num_contexts == 1:
@@ -97,14 +98,17 @@ def _masked_baseline_findings(
     true = next((row.name for row in rows if row.kind == "true contexts" and row.available), None)
     if true is None:
         return []
-    masked = [row for row in rows if row.kind == "leak check" and row.name.startswith("masked baseline")]
+    masked = [row for row in rows if row.kind == "leak check" and row.name.startswith(MASKED)]
     sentences = [
         compared("CN with true contexts", right[true], f"the {row.name}", right[row.name], k=k)
         for row in masked
         if row.available
     ]
     if not sentences and depends is not False:
-        sentences.append("Whether CN beats the masked baseline is not known: pass class_counts and a baseline network.")
+        sentences.append(
+            "Whether CN beats the masked baseline is not known: that takes a network without contexts (baseline), and "
+            "the training split's images counted by class and context."
+        )
     return sentences
 
 

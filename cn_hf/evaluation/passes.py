@@ -18,7 +18,9 @@ from cn_hf.evaluation.ranking import label_ranks
 from cn_hf.evaluation.records import Records, SampleRecorder
 from cn_hf.evaluation.report import RowKind
 
-__all__ = ["Batch", "EvaluationSet", "Protocol"]
+__all__ = ["NO_CONTEXTS", "Batch", "EvaluationSet", "Protocol"]
+
+NO_CONTEXTS = "the test set has no context_ids"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +183,7 @@ def _ranks(protocol: Protocol, batch: Batch) -> Tensor | None:
     if protocol.scores is None or protocol.unavailable is not None:
         return None
     if protocol.needs_contexts and batch.context_ids is None:
-        protocol.unavailable = "the test set has no context_ids"
+        protocol.unavailable = NO_CONTEXTS
         return None
     try:
         scores = protocol.scores(batch)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, DatasetError
 from cn_hf.evaluation.catalogue import (
-    CONTEXT_ONLY,
     PAPERS_AND_OURS,
     Scorer,
     averaged,
@@ -33,15 +32,14 @@ from cn_hf.evaluation.catalogue import (
 from cn_hf.evaluation.findings import findings
 from cn_hf.evaluation.leak import checked_class_counts, context_depends_on_label, context_only_ranks
 from cn_hf.evaluation.networks import baseline_network, context_network, evaluating, network_device
-from cn_hf.evaluation.passes import Batch, EvaluationSet, Protocol
+from cn_hf.evaluation.passes import NO_CONTEXTS, Batch, EvaluationSet, Protocol
 from cn_hf.evaluation.ranking import top_k_correct
 from cn_hf.evaluation.records import Records
-from cn_hf.evaluation.report import ProtocolReport, ProtocolRow
+from cn_hf.evaluation.report import CONTEXT_ONLY, ProtocolReport, ProtocolRow
 from cn_hf.patching.routing import router_of
 
 __all__ = ["evaluate_protocols"]
 
-NO_CONTEXTS = "the test set has no context_ids"
 CHANGED = (
     "the second pass over the test set gave other samples than the first; pass batches that repeat, in the same order "
     "or with 'index', the dataset rows"

@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from cn_hf.errors import ConfigError, nearest
 
-__all__ = ["ProtocolReport", "ProtocolRow", "RowKind", "standard_error"]
+__all__ = [
+    "BASELINE",
+    "CONTEXT_ONLY",
+    "MASKED",
+    "ProtocolReport",
+    "ProtocolRow",
+    "RowKind",
+    "standard_error",
+]
+
+# Names of rows; where there are several baselines, theirs go on in brackets.
+CONTEXT_ONLY, BASELINE, MASKED = "context-only floor", "baseline", "masked baseline"
 
 RowKind = Literal["true contexts", "deployable", "control", "leak check", "baseline"]
 
@@ -75,6 +86,18 @@ class ProtocolRow:
         values["correct"] = {str(k): count for k, count in self.correct.items()}
         values["context_correct"] = {str(k): dict(counts) for k, counts in self.context_correct.items()}
         return values | {f"top_{k}": self.accuracy(k) for k in self.correct}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ProtocolRow:
+        """The row that ``to_dict`` gave, also once it was written as JSON, where the k are text.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        for name in ("correct", "context_correct"):
+            fields[name] = {int(k): counts for k, counts in fields[name].items()}
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.evaluation.report import BASELINE, MASKED
 from cn_hf.files import write_whole
 from cn_hf.hub.card import run_card
 
@@ -43,7 +44,7 @@ def _measured(cell: Mapping[str, Any]) -> Mapping[str, Any]:
     evaluation = cell.get("evaluation")
     if not evaluation:
         return cell
-    rows = [row for row in evaluation["rows"] if row["name"] not in ("baseline", "masked baseline") or row["correct"]]
+    rows = [row for row in evaluation["rows"] if row["name"] not in (BASELINE, MASKED) or row["correct"]]
     return {**cell, "evaluation": {**evaluation, "rows": rows}}
 
 

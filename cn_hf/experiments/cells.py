@@ -208,20 +208,18 @@ def read_epochs(cell: Cell) -> tuple[Mapping[str, Any], ...]:
 
 
 def _protocol_row(values: Mapping[str, Any], context_names: Sequence[str]) -> ProtocolRow:
-    """The inverse of ``ProtocolRow.to_dict``: JSON has numbers as text where they are keys.
-
-    A network without contexts numbers them ``context_0``, ...; the data knows their names.
-    """
-    fields = {field.name: values[field.name] for field in dataclasses.fields(ProtocolRow)}
+    """A row by the data's names of contexts, which a network without contexts numbers ``context_0``, ..."""
+    row = ProtocolRow.from_dict(values)
     named = {f"context_{number}": name for number, name in enumerate(context_names)}
 
     def by_name(counts: Mapping[str, int]) -> dict[str, int]:
         return {named.get(context, context): count for context, count in counts.items()}
 
-    fields["correct"] = {int(k): count for k, count in fields["correct"].items()}
-    fields["context_samples"] = by_name(fields["context_samples"])
-    fields["context_correct"] = {int(k): by_name(counts) for k, counts in fields["context_correct"].items()}
-    return ProtocolRow(**fields)
+    return dataclasses.replace(
+        row,
+        context_samples=by_name(row.context_samples),
+        context_correct={k: by_name(counts) for k, counts in row.context_correct.items()},
+    )
 
 
 def _read_json(file: Path) -> Any:

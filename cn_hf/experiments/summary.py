@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cn_hf.evaluation.report import ProtocolRow, standard_error
+from cn_hf.evaluation.report import CONTEXT_ONLY, MASKED, ProtocolRow, standard_error
 from cn_hf.evaluation.tables import ResultRow, comparison_table, format_runs, markdown_table
 from cn_hf.experiments.cells import Cell, CellResult, protocol_name
 from cn_hf.experiments.figures import Bar, Epochs
@@ -30,7 +30,7 @@ __all__ = [
     "table_entries",
 ]
 
-WITH_CONTEXTS, FLOOR, MASKED = "true contexts", "context-only floor", "masked baseline"
+WITH_CONTEXTS, FLOOR = "true contexts", CONTEXT_ONLY
 TOP_1 = Measure(title="top-1", k=1)
 
 

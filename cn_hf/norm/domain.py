@@ -146,6 +146,9 @@ class DomainBatchNorm(FeatureNorm):
                 f"Expected more than one vector of a context in a training batch, received one of {alone} "
                 f"(shape {tuple(x.shape)}): it has no variance. Use larger or balanced batches."
             )
+        # ``index_select`` makes its result contiguous: for the layout to stay, features stand where they do in memory.
+        stored = next((dim for dim in (1, -1) if x.movedim(self.feature_dim, dim).is_contiguous()), self.feature_dim)
+        x = x.movedim(self.feature_dim, stored)
         parts = []
         for context, mine in enumerate(rows):
             if len(mine) == 0 and not together:
@@ -155,14 +158,13 @@ class DomainBatchNorm(FeatureNorm):
             options: dict[str, Any] = {"momentum": self.momentum, "eps": self.eps}
             part = x.index_select(0, mine)
             if together:
-                parts.append(synchronized_batch_norm(part, *running, *affine, feature_dim=self.feature_dim, **options))
+                parts.append(synchronized_batch_norm(part, *running, *affine, feature_dim=stored, **options))
             else:
-                moved = part.movedim(self.feature_dim, 1)
+                moved = part.movedim(stored, 1)
                 done = F.batch_norm(moved, *running, *affine, training=True, **options)
-                parts.append(done.movedim(1, self.feature_dim))
-        if not parts:
-            return x
-        return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
+                parts.append(done.movedim(1, stored))
+        out = torch.cat(parts).index_select(0, torch.cat(rows).argsort()) if parts else x
+        return out.movedim(stored, self.feature_dim)
 
     def _running(self, context: int) -> tuple[Tensor | None, Tensor | None]:
         """The running statistics that this forward is to move; None where it is to move none."""

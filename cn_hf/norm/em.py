@@ -23,6 +23,7 @@ __all__ = [
     "Densities",
     "Mixture",
     "MixtureStatistics",
+    "SumOverProcesses",
     "along_features",
     "data_shift",
     "fit_mixture",
@@ -35,8 +36,10 @@ __all__ = [
     "place_among_processes",
     "posteriors",
     "product",
+    "reduce_over_processes",
     "seed_mixture",
     "statistics_dtype",
+    "sum_over_processes",
 ]
 
 
@@ -194,20 +197,24 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        """The sums."""
         return sum_over_processes(tensors)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]  # torch's untyped protocol
+        """The sums of their gradients."""
         return sum_over_processes(grads)
 
 
 def reduce_over_processes(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """The tensors of all processes in one, by ``op``."""
     tensor = tensor.clone()
     dist.all_reduce(tensor, op=op)
     return tensor
 
 
 def sum_over_processes(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each tensor summed over all processes, in one collective; all are of one dtype."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])

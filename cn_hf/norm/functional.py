@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from cn_hf.errors import ContextIdError
 from cn_hf.norm import formulas, kernels, pieces
 from cn_hf.norm.choices import check_choice
 from cn_hf.norm.combination import (
@@ -61,6 +62,7 @@ __all__ = [
     "mixture_statistics",
     "mixture_update",
     "norm_shift_scale",
+    "normalize_rows",
     "posteriors",
     "seed_mixture",
     "shift_scale",
@@ -140,8 +142,13 @@ def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = Fal
 
     Returns:
         ``(N, C)``; ``(1, C)`` for a Python int.
+
+    Raises:
+        ContextIdError: a Python int is no context.
     """
     if isinstance(context_ids, int):
+        if not 0 <= context_ids < len(table):
+            raise ContextIdError(f"context_ids must lie in 0..{len(table) - 1}, received {context_ids}.")
         return table[context_ids : context_ids + 1]
     if context_ids.is_floating_point():
         with full_precision(table.device):

@@ -251,6 +251,9 @@ class ContextNorm(FeatureNorm):
 
         Returns:
             mean and var, ``(T, C)``, ``(1, C)`` or ``(N, C)``, float32 at least, differentiable.
+
+        Raises:
+            ContextIdError: the int is no context.
         """
         dtype, result = self._row_dtype()
 

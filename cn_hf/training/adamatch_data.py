@@ -226,9 +226,8 @@ def load_adamatch_data(config: TrainingConfig, accelerator: Accelerator) -> Prep
         raise DatasetError(f"there is one class only ({data.class_names}); a classifier needs two or more")
     known, others = _parted(train, config, data)
     if validation is not None and config.setting != "ssl":
-        assert validation.context_ids is not None
-        others = _joined(others, _selected(validation, validation.context_ids == TARGET))
-        validation = _selected(validation, validation.context_ids == SOURCE)
+        of_source, of_target = _by_domain(validation)
+        others, validation = _joined(others, of_target), of_source
     if len(torch.unique(known.labels)) < 2:
         raise DatasetError("all labelled images are of one class; a classifier needs two or more")
     per_image = config.standardize == "image"
@@ -307,14 +306,24 @@ def _few_of_each(train: DeviceBatches, among: Tensor, config: AdaMatchConfig) ->
     return chosen
 
 
-def _selected(batches: DeviceBatches, chosen: Tensor) -> DeviceBatches:
-    """The same batches of some of the images, (N,) bool.
+def _by_domain(validation: DeviceBatches) -> tuple[DeviceBatches, DeviceBatches]:
+    """Validation images of the source and of the target.
 
     Raises:
-        DatasetError: There are none.
+        DatasetError: One of them has none.
     """
-    if not bool(chosen.any()):
-        raise DatasetError("no image of the source is left for validation; raise validation_fraction or set it to 0")
+    assert validation.context_ids is not None
+    of_source, of_target = (validation.context_ids == domain for domain in (SOURCE, TARGET))
+    for name, chosen in (("source", of_source), ("target", of_target)):
+        if not bool(chosen.any()):
+            raise DatasetError(
+                f"no image of the {name} is left for validation; raise validation_fraction or set it to 0"
+            )
+    return _selected(validation, of_source), _selected(validation, of_target)
+
+
+def _selected(batches: DeviceBatches, chosen: Tensor) -> DeviceBatches:
+    """The same batches of some of the images, (N,) bool."""
     selected = copy.copy(batches)
     selected.images, selected.labels = batches.images[chosen], batches.labels[chosen]
     selected.rows = batches.rows[chosen]

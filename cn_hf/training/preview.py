@@ -6,7 +6,6 @@ n images of the first batch on this process, C channels, H and W height and widt
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf.data import Batches, PreparedData, StreamedBatches, read_context_ids
 from cn_hf.errors import CheckpointError, TrainingError
-from cn_hf.files import write_whole
+from cn_hf.evaluation.plots import new_figure, save_figure
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.results import data_in_words, network_facts
@@ -80,10 +79,6 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
     Raises:
         CheckpointError: The picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     pixels = _shown_pixels(batch["pixel_values"][:_MAX_IMAGES], data)
     classes = [_named(label, data.class_names) for label in batch["labels"][:_MAX_IMAGES].cpu()]
     classes += [["unlabelled"]] * (len(pixels) - len(classes))
@@ -92,12 +87,8 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
     rows = math.ceil(len(pixels) / columns)
     lines = max(map(len, classes)) + max(map(len, contexts), default=0)
     height = 1.4 * pixels.shape[1] / pixels.shape[2] + 0.15 * lines
-    figure = Figure(
-        figsize=(max(3.6, 1.5 * columns), 0.5 + rows * height),
-        dpi=150,
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.05),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(width=max(3.6, 1.5 * columns), height=0.5 + rows * height)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.05)
     cells = figure.subplots(rows, columns, squeeze=False).flatten()
     smoothing = "nearest" if max(pixels.shape[1:3]) <= 128 else "antialiased"
     for place, cell in enumerate(cells):
@@ -113,10 +104,8 @@ def draw_batch(batch: Mapping[str, Tensor], data: PreparedData, path: str | Path
             cell.set_xlabel("\n".join(contexts[place]), fontsize=7, color="#4477AA", labelpad=2, parse_math=False)
     title = f"first training batch, {len(pixels)} of {len(batch['pixel_values'])} shown"
     figure.suptitle(title + (" (class above, context below)" if contexts and columns > 2 else ""), fontsize=9)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
     try:
-        return write_whole(path, content.getvalue())
+        return save_figure(figure, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}; give another folder") from error
 
