@@ -82,8 +82,8 @@ def restyle(
     Args:
         model: patched with CN-Channels on its input (``mode="cn-channels", where="input"``).
         images: uint8 ``(N, C, H, W)``; or floats of that shape as the model gets them, that is pixels in 0..1 minus the
-            mean and divided by the std that ``set_inference`` was told (0 and 1 if it was not); or either without
-            ``N``; or one PIL image or a list of them.
+            mean and divided by the std that ``set_inference`` was told (0 and 1 if it was not), so a tensor of pixels
+            in 0..1 is to be normalised first; or either without ``N``; or one PIL image or a list of them.
         source: the contexts the images are of: a name or id for all, or one for each image; None to let the model's
             context source tell.
         target: likewise, those they are to look like.
