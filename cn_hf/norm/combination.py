@@ -106,7 +106,7 @@ def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
     """``(K, C)`` of weights ``(M, K)`` and vectors ``(M, C)``, or of ``(N, K, L)`` and ``(N, C, L)``."""
     if x.dim() == 2:
         return weight.T @ x
-    return weight.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
+    return torch.bmm(weight, x.transpose(1, 2)).sum(dim=0)
 
 
 class Combination(NamedTuple):

@@ -73,8 +73,8 @@ def product(x: Tensor, table: Tensor, added: Tensor | None = None) -> Tensor:
     Returns:
         ``(M, K)`` or ``(N, K, L)``.
     """
-    if x.dim() == 2:
-        return x @ table if added is None else torch.addmm(added, x, table)
+    if x.dim() == 2:  # without an addend, torch's product of small matrices is slower on a CPU
+        return torch.addmm(table.new_zeros(()) if added is None else added, x, table)
     # Not baddbmm, which starts its sums at what is added: a large constant would cost them digits.
     out = torch.bmm(table.T.expand(len(x), -1, -1), x)
     return out if added is None else out.add_(along_features(added, x))
@@ -111,9 +111,15 @@ class Densities(NamedTuple):
             constant = constant + prior.to(constant.dtype).log()
         return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach)
 
+    def bounded(self, centered: Tensor) -> Tensor:
+        """Vectors no farther than ``reach``."""
+        if centered.device.type == "cpu" and not centered.requires_grad:  # clamp by tensors is not vectorised there
+            return torch.maximum(torch.minimum(centered, self.reach), -self.reach)
+        return centered.clamp(-self.reach, self.reach)
+
     def log(self, centered: Tensor) -> Tensor:
         """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from; ``(N, K, L)`` of ``(N, C, L)``."""
-        bounded = centered.clamp(-self.reach, self.reach)
+        bounded = self.bounded(centered)
         return product(bounded, self.linear, product(bounded.square(), self.squared, self.constant))
 
 

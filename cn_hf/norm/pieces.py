@@ -170,7 +170,7 @@ def mixture_norm_backward(
     grad_var: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``triton_mixture.mixture_norm_backward``."""
-    (shift, squared, linear, _, reach), (log_tau, log_total, center, rstd) = densities, kept
+    (shift, squared, linear, *_), (log_tau, log_total, center, rstd) = densities, kept
     pieces = _Pieces(x, feature_dim, len(center))
     source, grads = pieces.arranged(x), pieces.arranged(grad)
 
@@ -203,7 +203,7 @@ def mixture_norm_backward(
         of_statistics = product(vectors, slope.T, product(vectors.square(), by_var.T, level))
         by_log_tau = coefficient * of_output + share * of_statistics
         by_joint = by_log_tau - logs.exp() * by_log_tau.sum(dim=1, keepdim=True)
-        bounded = vectors.clamp(-reach, reach)
+        bounded = densities.bounded(vectors)
         by_bounded = torch.addcmul(product(by_joint, linear.T), bounded, product(by_joint, 2 * squared.T))
         by_vectors = torch.addcmul(product(share, slope), vectors, product(share, 2 * by_var))
         by_vectors.addcmul_(through, product(coefficient, factor))
