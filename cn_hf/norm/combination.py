@@ -106,7 +106,9 @@ def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
     """``(K, C)`` of weights ``(M, K)`` and vectors ``(M, C)``, or of ``(N, K, L)`` and ``(N, C, L)``."""
     if x.dim() == 2:
         return weight.T @ x
-    return torch.bmm(weight, x.transpose(1, 2)).sum(dim=0)
+    if weight.shape[2] >= weight.shape[1]:  # the sums of each sample take no more memory than x
+        return torch.bmm(weight, x.transpose(1, 2)).sum(dim=0)
+    return weight.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
 
 
 class Combination(NamedTuple):
