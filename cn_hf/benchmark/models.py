@@ -20,7 +20,6 @@ from cn_hf.benchmark.settings import Settings
 from cn_hf.benchmark.timing import Run, peak_bytes, saved_bytes, seconds_in_turn
 from cn_hf.patching import fold_context, patch_model
 from cn_hf.patching.routing import router_of
-from cn_hf.training.memory import keep_freed_memory
 
 __all__ = ["trials"]
 
@@ -68,7 +67,6 @@ def _step(network: Network, dtype: torch.dtype, settings: Settings) -> Trial:
                headline=dtype == settings.headline_dtype)  # fmt: skip
 
     def contestants() -> Mapping[str, Run]:
-        keep_freed_memory()  # as the training programs do
         images, ids, labels = _batch(network, settings.device)
         runs: dict[str, Run] = {}
         for name, model in _pair(network, settings.device).items():

@@ -29,6 +29,7 @@ from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.files import write_whole
 from cn_hf.norm import kernels
+from cn_hf.training.memory import keep_freed_memory
 
 __all__ = ["run_benchmark", "update_table"]
 
@@ -55,6 +56,7 @@ def run_benchmark(
     """
     names = chosen_sections(sections, settings)
     write_report(read_report(output_dir), output_dir)  # an error now rather than after the first section
+    keep_freed_memory()  # as the training programs do
     with torch_threads(threads):
         print(_title(settings))
         fine = True
