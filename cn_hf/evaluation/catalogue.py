@@ -38,7 +38,7 @@ __all__ = [
 PAPERS_SETTING = ("batch", "sqrt_t")
 PAPERS_AND_OURS = (PAPERS_SETTING, ("learned", "none"))
 OVERSHOOT = 0.25  # how far a resize of floating-point images may push pixels out of 0..1
-NO_COUNTS = "the training split's images were not counted by class and context"
+NO_COUNTS = "the training split's images were not counted by class and context (class_counts)"
 
 
 class Scorer:
