@@ -24,7 +24,7 @@ from cn_hf.norm.functional import mixture_norm
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(params=[2**18, 100, 1], ids=lambda size: f"pieces-of-{size}")
+@pytest.fixture(params=[2**21, 100, 1], ids=lambda size: f"pieces-of-{size}")
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pieces._PIECE, "cpu", request.param)
 

@@ -1,4 +1,4 @@
-"""CN+ and MN of large inputs in torch's own operators: a piece after another, while all of it is in a core's cache.
+"""CN+ and MN of large inputs in torch's own operators: a piece after another, so that little is kept.
 
 A piece is some vectors ``(M, C)``, or maps ``(N, C, L)`` where the positions of a feature lie together in memory, so
 that nothing is moved. ``combine`` is CN+ and MN without gradients; ``mixture_norm`` and ``mixture_norm_backward`` are
@@ -25,7 +25,7 @@ from cn_hf.norm.layout import lies_in_rows
 
 __all__ = ["MixtureKept", "combine", "mixture_norm", "mixture_norm_backward"]
 
-_PIECE = {"cpu": 2**18}  # numbers of a piece, and of its posteriors: what stays in a core's cache
+_PIECE = {"cpu": 2**21}  # numbers of a piece, and of its posteriors: partly in caches, and threads meet rarely
 _LARGE_PIECE = 2**26  # elsewhere, where small ones would be launches only
 
 Cut = tuple[slice, ...]
