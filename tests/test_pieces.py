@@ -125,6 +125,18 @@ def test_mixture_norm_is_differentiated_twice(affine: bool, feature_dim: int) ->
     assert torch.autograd.gradgradcheck(run, (x, *rows))
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_backward_is_as_precise_under_autocast(twice: bool) -> None:
+    x, theta = torch.randn(64, 8), (torch.randn(3, 8), torch.rand(3, 8) + 0.5, torch.tensor([0.5, 0.3, 0.2]))
+    grads = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        out, _ = mixture_norm(leaf, Mixture(*theta, torch.zeros(()), 0))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grads += torch.autograd.grad(out.pow(3).sum(), leaf, create_graph=twice)
+    torch.testing.assert_close(*grads)
+
+
 def test_only_what_is_asked_for_is_differentiated() -> None:
     x, weight = torch.randn(4, 3), torch.rand(3, requires_grad=True)
     theta = Mixture(torch.randn(2, 3), torch.ones(2, 3), torch.tensor([0.5, 0.5]), torch.zeros(()), 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cn_hf.norm import kernels, pieces
 from cn_hf.norm.combination import combine
-from cn_hf.norm.em import Densities
+from cn_hf.norm.em import Densities, full_precision
 
 __all__ = ["fused_mixture_norm"]
 
@@ -73,21 +73,26 @@ class _MixtureNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]  # torch's untyped protocol
-        x, weight, bias, prior, var, *others = ctx.saved_tensors
-        number = len(Densities._fields)
-        densities, kept = Densities(*others[:number]), pieces.MixtureKept(*others[number:])
-        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            out, (center, var) = combine(
-                x, densities, prior.rsqrt(), None, eps=ctx.eps, feature_dim=ctx.feature_dim, weight=weight, bias=bias
-            )
-            outputs = out, center + densities.shift, var
-            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-            needed = [tensor for tensor, need in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if need]
-            of, along = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(of, needed, along, create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None, None
-        by_x, by_weight, by_bias = ctx.module.mixture_norm_backward(
-            grads[0], x, var, kept, densities, prior, ctx.feature_dim, weight, *grads[1:]
+        with full_precision(grads[0].device):
+            return *_gradients(ctx, grads), None, None, None, None
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """By ``x``, weight and bias."""
+    x, weight, bias, prior, var, *others = ctx.saved_tensors
+    number = len(Densities._fields)
+    densities, kept = Densities(*others[:number]), pieces.MixtureKept(*others[number:])
+    if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+        out, (center, var) = combine(
+            x, densities, prior.rsqrt(), None, eps=ctx.eps, feature_dim=ctx.feature_dim, weight=weight, bias=bias
         )
-        by_weight, by_bias = None if weight is None else by_weight, None if bias is None else by_bias
-        return by_x, by_weight, by_bias, None, None, None, None
+        outputs = out, center + densities.shift, var
+        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+        needed = [tensor for tensor, need in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if need]
+        of, along = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(of, needed, along, create_graph=True))
+        return tuple(next(found) if need else None for need in ctx.needs_input_grad[:3])
+    by_x, by_weight, by_bias = ctx.module.mixture_norm_backward(
+        grads[0], x, var, kept, densities, prior, ctx.feature_dim, weight, *grads[1:]
+    )
+    return by_x, None if weight is None else by_weight, None if bias is None else by_bias
