@@ -59,26 +59,29 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     return mean + shift, var
 
 
-def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def component_statistics_of_pieces(
+    parts: Iterable[tuple[Tensor, Tensor]], peak: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
 
     Args:
         parts: vectors ``(M, C)`` or maps ``(N, C, L)``, less a point near the mean of all, and their ``log_tau``.
+        peak: the largest ``log_tau`` of each component ``(K,)``, where it is known already.
 
     Returns:
         mean ``(K, C)`` about that point, biased variance ``(K, C)``, logarithm of each sum of posteriors ``(K,)``.
     """
-    peak: Tensor | None = None
+    given = peak
     sums: tuple[Tensor, ...] = ()
     for x, log_tau in parts:
-        before, largest = peak, log_tau.amax(_vectors_of(log_tau))
+        before, largest = peak, log_tau.amax(_vectors_of(log_tau)) if given is None else given
         peak = largest if before is None else torch.maximum(before, largest)
         own = _weighted_sums(x, log_tau, peak)
-        if before is not None:
+        if sums and before is not None:
             kept = (before - peak).exp()[:, None]
             own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
         sums = own
-    if peak is None:
+    if peak is None or not sums:
         raise ValueError("There must be a piece, received none.")
     return *_moments(sums), peak + sums[0][:, 0].log()
 

@@ -1,4 +1,4 @@
-"""The CPU's fused kernels: ``native_kernels.cpp``, compiled when first needed, cached, called by ctypes.
+"""The CPU's fused kernels: ``native_*.cpp``, compiled when first needed, cached, called by ctypes.
 
 Torch's own operators would read and write ``x`` several times over. Where there is no compiler with OpenMP, nothing is
 lost but speed: ``library`` is None and ``kernels`` goes on with torch's operators.
@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Coefficients", "call", "compiler", "library"]
+__all__ = ["DTYPES", "Coefficients", "Components", "call", "compiler", "library"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of ``x`` there are kernels for; coefficients are float32."""
 
-SOURCE = Path(__file__).with_name("native_kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native_kernels.cpp", "native_mixture.cpp")]
+HEADER = Path(__file__).with_name("native_types.h")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 _FLAGS += ["-fvisibility=hidden", "-shared", "-fPIC"]
 _FEWEST_FOR_THREADS = 2**15  # numbers, for which waking another thread is worth it
@@ -52,12 +53,29 @@ class Coefficients(ctypes.Structure):
         return cls(*addresses, *(0 if row is None or row.shape[0] == 1 else row.stride(0) for row in rows))
 
 
+class Components(ctypes.Structure):
+    """``Components`` of the source: addresses, and the reach of densities."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("shift", "squared", "linear", "constant")),
+        *((name, ctypes.c_void_p) for name in ("center", "shared", "scales", "offsets", "factor")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        ("reach", ctypes.c_float),
+    ]
+
+    @classmethod
+    def of(cls, reach: float, **tensors: Tensor | None) -> Components:
+        """Of contiguous tensors, float32, which must outlive the call."""
+        return cls(reach=reach, **{name: row.data_ptr() for name, row in tensors.items() if row is not None})
+
+
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "rows_forward": [*[_POINTER] * 2, Coefficients, *[_SIZE] * 3, _INT],
     "rows_backward": [*[_POINTER] * 5, Coefficients, *[_SIZE] * 3, _INT],
     "vectors_forward": [*[_POINTER] * 4, Coefficients, *[_SIZE] * 3, _FLOAT, *[_INT] * 2],
     "vectors_backward": [*[_POINTER] * 7, Coefficients, *[_SIZE] * 4, *[_INT] * 2],
+    "mixture_forward": [*[_POINTER] * 4, Components, *[_SIZE] * 4, *[_INT] * 2],
 }
 
 
@@ -83,10 +101,12 @@ def library() -> ctypes.CDLL | None:
         return None
     options = [*_FLAGS, *_openmp_of_torch()]
     try:
-        mark = "\0".join([SOURCE.read_text(), *command, _version(command), *options, _processor()])
+        mark = "\0".join(
+            [*(path.read_text() for path in [*SOURCES, HEADER]), *command, _version(command), *options, _processor()]
+        )
         path = cache_folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:20]}.so"
         if not path.exists():
-            _compile([*command, str(SOURCE), *options], path)
+            _compile([*command, *map(str, SOURCES), *options], path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         output = getattr(error, "stderr", None) or str(error)

@@ -5,24 +5,11 @@
 // their rows `stride` apart (0: one row for all). Sums are taken in blocks, so that their error does not grow with L.
 
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
+#include "native_types.h"
+
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline float load(bfloat16 value) { return __builtin_bit_cast(float, uint32_t(value.bits) << 16); }
-
-inline void store(float* at, float value) { *at = value; }
-inline void store(bfloat16* at, float value) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    at->bits = uint16_t(value == value ? rounded : (bits >> 16) | 0x40);  // a NaN stays one
-}
 
 struct Coefficients {
     const float *center, *scale, *offset;  // offset may be null
@@ -201,7 +188,6 @@ void vectors_backward(
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
 #define KERNELS(name, T)                                                                                               \
     EXPORT void rows_forward_##name(                                                                                   \
         T* y, const T* x, Coefficients k, int64_t N, int64_t C, int64_t L, int threads) {                              \

@@ -1,4 +1,6 @@
-"""CN+ and MN of large inputs in torch's own operators: a piece after another, so that little is kept.
+"""CN+ and MN of large inputs: a piece after another, so that little is kept, in torch's own operators.
+
+What ``cpu_mixture`` knows of it, forward but for the sums over a batch, it does instead, in one piece.
 
 A piece is some vectors ``(M, C)``, or maps ``(N, C, L)`` where the positions of a feature lie together in memory, so
 that nothing is moved. ``combine`` is CN+ and MN without gradients; ``mixture_norm`` and ``mixture_norm_backward`` are
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cn_hf.norm import cpu_mixture
 from cn_hf.norm.combination import (
     Combination,
     affine,
@@ -116,28 +119,37 @@ def _combine(
     bias: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """``combine``, and where the statistics are the batch's, ``log_tau`` as arranged and ``log_total``."""
-    shift = densities.shift
+    shift, dtype = densities.shift, densities.shift.dtype
     pieces = _Pieces(x, feature_dim, len(densities.constant))
     source = pieces.arranged(x)
+    native = cpu_mixture.handles(source, shift, weight, bias)
+    peak: Tensor | None = None
     kept: tuple[Tensor, Tensor] | None = None
 
     def centered(cut: Cut, point: Tensor = shift) -> Tensor:
-        part = pieces.read(source, cut, shift.dtype)
+        part = pieces.read(source, cut, dtype)
         return part - along_features(point, part)
 
     if statistics is None:
-        log_tau = pieces.empty(len(densities.constant), shift)
-        for cut in pieces.cuts:
-            pieces.write(log_tau, cut, densities.log(centered(cut)).log_softmax(dim=1))
-        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=shift.dtype)
-        parts = ((centered(cut, middle), pieces.read(log_tau, cut, shift.dtype)) for cut in pieces.cuts)
-        mean, var, log_total = component_statistics_of_pieces(parts)
+        if native:
+            log_tau, peak = cpu_mixture.log_posteriors(source, densities, pieces.in_rows)
+        else:
+            log_tau = pieces.empty(len(densities.constant), shift)
+            for cut in pieces.cuts:
+                pieces.write(log_tau, cut, densities.log(centered(cut)).log_softmax(dim=1))
+        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=dtype)
+        parts = ((centered(cut, middle), pieces.read(log_tau, cut, dtype)) for cut in pieces.cuts)
+        mean, var, log_total = component_statistics_of_pieces(parts, peak)
         statistics, kept = (mean + (middle - shift), var), (log_tau, log_total)
     combination = Combination.of(*statistics, eps)
+    if native:
+        known = densities if kept is None else kept[0]
+        out = cpu_mixture.combine(source, known, combination, shift, factor, weight, bias, pieces.in_rows)
+        return pieces.restored(out), statistics, kept
     out = pieces.empty(x.shape[feature_dim], x)
     for cut in pieces.cuts:
         vectors = centered(cut)
-        tau = densities.log(vectors).softmax(dim=1) if kept is None else pieces.read(kept[0], cut, shift.dtype).exp()
+        tau = densities.log(vectors).softmax(dim=1) if kept is None else pieces.read(kept[0], cut, dtype).exp()
         pieces.write(out, cut, affine(combination.apply(vectors, tau * along_features(factor, tau)), weight, bias))
     return pieces.restored(out), statistics, kept
 
