@@ -90,7 +90,8 @@ def test_combine(name: str, dtype: torch.dtype, given: bool, monkeypatch: pytest
         x, densities, factor, (mean - densities.shift, var) if given else None, eps=EPS, feature_dim=case.feature_dim,
         weight=weight, bias=bias,
     )  # fmt: skip
-    assert called == ["mixture_forward"] * (1 if given else 2) or "strided" in name
+    sums = [] if given else ["mixture_forward", "mixture_sums"]
+    assert called == [*sums, "mixture_forward"] or "strided" in name
     vectors = vectors_of(x, case).double()
     log_tau = log_posteriors(vectors, mean.double(), var.double(), prior.double())
     wide_mean, wide_var = mean.double(), var.double()
@@ -200,3 +201,26 @@ def test_a_context_of_infinite_variance_gets_nothing() -> None:
     var[1] = float("inf")
     out = context_norm_plus(x, mean, var)
     torch.testing.assert_close(out, context_norm_plus(x, mean[::2], var[::2]))
+
+
+@pytest.mark.parametrize("in_rows", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(2, 3, 1), (5, 6, 700), (3, 35, 1024), (900, 2, 7)], ids=str)
+@pytest.mark.parametrize("components", [1, 5, 40])
+def test_component_statistics(shape: tuple[int, int, int], components: int, in_rows: bool) -> None:
+    """Of vectors far from zero, and of components so far from all vectors that posteriors underflow."""
+    samples, features, positions = shape
+    x = torch.randn(samples, features, positions) * torch.rand(features, 1) * 3 + 100
+    x = x if in_rows else x.movedim(1, -1).contiguous()
+    vectors = (x.movedim(1, -1) if in_rows else x).reshape(-1, features)
+    log_tau = torch.randn(len(vectors), components).mul(3).log_softmax(dim=1)
+    log_tau[:, -1] -= 200
+    arranged_tau = log_tau.view(samples, positions, components)
+    arranged_tau = arranged_tau.movedim(-1, 1).contiguous() if in_rows else arranged_tau
+    point, peak = vectors.mean(dim=0), log_tau.amax(dim=0)
+    mean, var, log_total = cpu_mixture.component_statistics(x, arranged_tau, peak, point, in_rows)
+    share, wide = log_tau.double().softmax(dim=0)[..., None], vectors.double() - point.double()
+    expected = (share * wide[:, None]).sum(dim=0)
+    spread = (share * (wide[:, None] - expected).square()).sum(dim=0)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), spread, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_total.double(), log_tau.double().logsumexp(dim=0), rtol=1e-6, atol=1e-5)

@@ -30,6 +30,7 @@ __all__ = [
     "component_statistics",
     "component_statistics_of_pieces",
     "mixture",
+    "moments",
     "weighted_sum",
 ]
 
@@ -55,39 +56,36 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
         peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
     with full_precision(x.device):
         sums = _weighted_sums(x - shift, log_tau, peak)
-    mean, var = _moments(SumOverProcesses.apply(*sums) if distributed else sums)
+    mean, var = moments(SumOverProcesses.apply(*sums) if distributed else sums)
     return mean + shift, var
 
 
-def component_statistics_of_pieces(
-    parts: Iterable[tuple[Tensor, Tensor]], peak: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
 
     Args:
         parts: vectors ``(M, C)`` or maps ``(N, C, L)``, less a point near the mean of all, and their ``log_tau``.
-        peak: the largest ``log_tau`` of each component ``(K,)``, where it is known already.
 
     Returns:
         mean ``(K, C)`` about that point, biased variance ``(K, C)``, logarithm of each sum of posteriors ``(K,)``.
     """
-    given = peak
+    peak: Tensor | None = None
     sums: tuple[Tensor, ...] = ()
     for x, log_tau in parts:
-        before, largest = peak, log_tau.amax(_vectors_of(log_tau)) if given is None else given
+        before, largest = peak, log_tau.amax(_vectors_of(log_tau))
         peak = largest if before is None else torch.maximum(before, largest)
         own = _weighted_sums(x, log_tau, peak)
-        if sums and before is not None:
+        if before is not None:
             kept = (before - peak).exp()[:, None]
             own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
         sums = own
-    if peak is None or not sums:
+    if peak is None:
         raise ValueError("There must be a piece, received none.")
-    return *_moments(sums), peak + sums[0][:, 0].log()
+    return *moments(sums), peak + sums[0][:, 0].log()
 
 
-def _moments(sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(K, C)`` of ``_weighted_sums``."""
+def moments(sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(K, C)``, of sums of weights ``(K, 1)``, of weighted vectors and of their squares."""
     total, first, second = sums
     mean = first / total
     return mean, (second / total - mean.square()).clamp_min(0)

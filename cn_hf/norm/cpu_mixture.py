@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from cn_hf.norm import kernels, native
-from cn_hf.norm.combination import Combination
+from cn_hf.norm.combination import Combination, moments
 from cn_hf.norm.em import Densities
 
-__all__ = ["combine", "handles", "log_posteriors"]
+__all__ = ["combine", "component_statistics", "handles", "log_posteriors"]
+
+_SPAN, _MOST_SEGMENTS, _MOST_SUMS = 1024, 64, 2**24
 
 
 def handles(x: Tensor, shift: Tensor, *rows: Tensor | None) -> bool:
@@ -32,6 +34,24 @@ def log_posteriors(x: Tensor, densities: Densities, in_rows: bool) -> tuple[Tens
     log_tau, peak = densities.constant.new_empty(shape), densities.constant.new_empty(components)
     _mixture((None, log_tau, peak), x, in_rows, components, _tables_of(densities), float(densities.reach))
     return log_tau, peak
+
+
+def component_statistics(
+    x: Tensor, log_tau: Tensor, peak: Tensor, point: Tensor, in_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``combination.component_statistics_of_pieces`` of all of ``x`` and its posteriors, about a point ``(C,)``."""
+    samples, features, positions = _sizes_of(x, in_rows)
+    components = len(peak)
+    spans = -(-samples * positions // _SPAN)
+    # By shape alone, so that results depend on nothing else.
+    segments = max(1, min(spans, _MOST_SEGMENTS, _MOST_SUMS // (components * features)))
+    total = peak.new_empty(segments, components, 1)
+    first, second = peak.new_empty(2, segments, components, features)
+    sizes = samples, features, components, positions, segments, int(in_rows)
+    point = point.contiguous()
+    native.call("mixture_sums", x.dtype, total, first, second, log_tau, peak, x, point, *sizes)
+    mean, var = moments(tuple(part.sum(dim=0) for part in (total, first, second)))
+    return mean, var, peak + total.sum(dim=0)[:, 0].log()
 
 
 def combine(
@@ -66,6 +86,11 @@ def combine(
     return out
 
 
+def _sizes_of(x: Tensor, in_rows: bool) -> tuple[int, int, int]:
+    """Samples, features, positions of a sample."""
+    return (x.shape[0], x.shape[1], x.shape[2]) if in_rows else (x.shape[0], x.shape[2], x.shape[1])
+
+
 def _tables_of(densities: Densities) -> dict[str, Tensor | None]:
     return {name: table for name, table in densities._asdict().items() if name != "reach"}
 
@@ -79,6 +104,6 @@ def _mixture(
     reach: float = 0.0,
 ) -> None:
     held = {name: None if table is None else table.float().contiguous() for name, table in tables.items()}
-    samples, features, positions = x.shape if in_rows else (x.shape[0], x.shape[2], x.shape[1])
+    samples, features, positions = _sizes_of(x, in_rows)
     sizes = samples, features, components, positions, int(in_rows)
     native.call("mixture_forward", x.dtype, *results, x, native.Components.of(reach, **held), *sizes)

@@ -76,6 +76,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "vectors_forward": [*[_POINTER] * 4, Coefficients, *[_SIZE] * 3, _FLOAT, *[_INT] * 2],
     "vectors_backward": [*[_POINTER] * 7, Coefficients, *[_SIZE] * 4, *[_INT] * 2],
     "mixture_forward": [*[_POINTER] * 4, Components, *[_SIZE] * 4, *[_INT] * 2],
+    "mixture_sums": [*[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 2],
 }
 
 

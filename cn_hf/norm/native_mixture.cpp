@@ -1,7 +1,7 @@
 // All components of every vector, weighted by its posteriors (Eqs. 6 and 9), on a CPU: x is read once, y written once.
 //
-// A block of kLanes vectors at a time is laid feature after feature, so that registers hold different vectors: nothing
-// is summed across a register, and features and positions may lie in either order. Tables are packed as they are walked.
+// A block of kLanes vectors at a time is laid feature after feature, so that registers hold different vectors and that
+// features and positions may lie in either order. Tables are packed as they are walked.
 //
 // Legend: N samples, C features, L positions of a sample, K components. `in_rows`: a feature's positions lie together
 // in x and y, (N, C, L), and a component's in log_tau, (N, K, L); else (N, L, C) and (N, L, K).
@@ -24,6 +24,8 @@ constexpr int kWidth = 4, kFeatures = 2;
 constexpr int kComponents = 4;  // and kFeatures: as many sums as registers hold
 constexpr int kLanes = 2 * kWidth;
 constexpr int64_t kBlock = 16;  // features summed in one go, or that the nearest cache holds of a block of vectors
+constexpr int64_t kSpan = 1024;  // vectors summed in one go, a multiple of kLanes
+constexpr int kSums = 2;  // features whose sums are taken side by side
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -245,6 +247,80 @@ void mixture_forward(
     }
 }
 
+inline float sum_of(Floats x) {
+    for (int half = kWidth / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+    return x[0];
+}
+
+// To sums (2, K, C), those of a span's vectors and of their squares, weighted: rows of kRow, kSteps of them in use.
+constexpr int64_t kSteps = kSpan / kWidth, kRow = kSteps + 1;  // rows a power of two apart would share cache lines
+constexpr int kWeights = kFeatures;
+
+void add_moments(double* sums, const Floats* block, const Floats* weight, int64_t C, int64_t K) {
+    for (int64_t c = 0; c < C; c += kSums)
+        for (int64_t k = 0; k < K; k += kWeights) {
+            Floats moment[kWeights][kSums] = {}, square[kWeights][kSums] = {};
+            for (int64_t i = 0; i < kSteps; ++i)
+                for (int b = 0; b < kSums; ++b) {
+                    const Floats value = block[(c + b) * kRow + i], squared = value * value;
+                    for (int a = 0; a < kWeights; ++a) {
+                        moment[a][b] += weight[(k + a) * kRow + i] * value;
+                        square[a][b] += weight[(k + a) * kRow + i] * squared;
+                    }
+                }
+            for (int a = 0; a < kWeights && k + a < K; ++a)
+                for (int b = 0; b < kSums && c + b < C; ++b) {
+                    sums[(k + a) * C + c + b] += sum_of(moment[a][b]);
+                    sums[(K + k + a) * C + c + b] += sum_of(square[a][b]);
+                }
+        }
+}
+
+// Sums of weights exp(log_tau - peak) (segments, K), and of vectors less `point` and of their squares, times those
+// (segments, K, C) each, over as many segments of the vectors.
+template <typename T>
+void mixture_sums(
+    float* total, float* first, float* second, const float* log_tau, const float* peak, const T* x, const float* point,
+    int64_t N, int64_t C, int64_t K, int64_t L, int64_t segments, bool in_rows, int threads) {
+    const int64_t vectors = N * L, step = in_rows ? L : 1, spans = (vectors + kSpan - 1) / kSpan;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Floats> block((C + kSums) * kRow), weight((K + kWeights) * kRow);
+        std::vector<double> sums(2 * K * C), weights(K);
+        float(*values)[kRow * kWidth] = (float(*)[kRow * kWidth])block.data();
+        float(*shares)[kRow * kWidth] = (float(*)[kRow * kWidth])weight.data();
+#pragma omp for schedule(static)
+        for (int64_t segment = 0; segment < segments; ++segment) {
+            std::fill(sums.begin(), sums.end(), 0);
+            std::fill(weights.begin(), weights.end(), 0);
+            for (int64_t span = segment * spans / segments; span < (segment + 1) * spans / segments; ++span) {
+                const int64_t start = span * kSpan, end = std::min(vectors, start + kSpan);
+                if (end < start + kSpan)  // vectors that are not there weigh nothing
+                    std::fill(weight.begin(), weight.end(), all(-INFINITY));
+                for (int64_t at = start; at < end; at += kLanes) {
+                    const Lanes lanes(at, end, C, L, in_rows), logs(at, end, K, L, in_rows);
+                    lanes.each(C, step, [=](int64_t c, int lane, int64_t i) {
+                        values[c][at - start + lane] = load(x[i]) - point[c];
+                    });
+                    logs.each(K, step, [=](int64_t k, int lane, int64_t i) {
+                        shares[k][at - start + lane] = log_tau[i] - peak[k];
+                    });
+                }
+                for (int64_t k = 0; k < K; ++k) {
+                    Floats sum{};
+                    for (int64_t i = k * kRow; i < k * kRow + kSteps; ++i) sum += weight[i] = exponential(weight[i]);
+                    weights[k] += sum_of(sum);
+                }
+                add_moments(sums.data(), block.data(), weight.data(), C, K);
+            }
+            std::copy(weights.begin(), weights.end(), total + segment * K);
+            std::copy(sums.begin(), sums.begin() + K * C, first + segment * K * C);
+            std::copy(sums.begin() + K * C, sums.end(), second + segment * K * C);
+        }
+    }
+}
+
 }  // namespace
 
 #define KERNELS(name, T)                                                                                               \
@@ -252,6 +328,11 @@ void mixture_forward(
         T* y, float* log_tau, float* peak, const T* x, Components of, int64_t N, int64_t C, int64_t K, int64_t L,      \
         int in_rows, int threads) {                                                                                    \
         mixture_forward(y, log_tau, peak, x, of, N, C, K, L, in_rows, threads);                                        \
+    }                                                                                                                  \
+    EXPORT void mixture_sums_##name(                                                                                   \
+        float* total, float* first, float* second, const float* log_tau, const float* peak, const T* x,                \
+        const float* point, int64_t N, int64_t C, int64_t K, int64_t L, int64_t segments, int in_rows, int threads) {  \
+        mixture_sums(total, first, second, log_tau, peak, x, point, N, C, K, L, segments, in_rows, threads);           \
     }
 
 KERNELS(float32, float)

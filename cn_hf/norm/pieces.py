@@ -1,6 +1,6 @@
-"""CN+ and MN of large inputs: a piece after another, so that little is kept, in torch's own operators.
+"""CN+ and MN of large inputs in torch's own operators: a piece after another, so that little is kept.
 
-What ``cpu_mixture`` knows of it, forward but for the sums over a batch, it does instead, in one piece.
+``cpu_mixture`` does instead what it can of the forward, in one piece.
 
 A piece is some vectors ``(M, C)``, or maps ``(N, C, L)`` where the positions of a feature lie together in memory, so
 that nothing is moved. ``combine`` is CN+ and MN without gradients; ``mixture_norm`` and ``mixture_norm_backward`` are
@@ -123,7 +123,6 @@ def _combine(
     pieces = _Pieces(x, feature_dim, len(densities.constant))
     source = pieces.arranged(x)
     native = cpu_mixture.handles(source, shift, weight, bias)
-    peak: Tensor | None = None
     kept: tuple[Tensor, Tensor] | None = None
 
     def centered(cut: Cut, point: Tensor = shift) -> Tensor:
@@ -131,15 +130,16 @@ def _combine(
         return part - along_features(point, part)
 
     if statistics is None:
+        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=dtype)
         if native:
             log_tau, peak = cpu_mixture.log_posteriors(source, densities, pieces.in_rows)
+            mean, var, log_total = cpu_mixture.component_statistics(source, log_tau, peak, middle, pieces.in_rows)
         else:
             log_tau = pieces.empty(len(densities.constant), shift)
             for cut in pieces.cuts:
                 pieces.write(log_tau, cut, densities.log(centered(cut)).log_softmax(dim=1))
-        middle = source.mean((0, 2) if pieces.in_rows else (0, 1), dtype=dtype)
-        parts = ((centered(cut, middle), pieces.read(log_tau, cut, dtype)) for cut in pieces.cuts)
-        mean, var, log_total = component_statistics_of_pieces(parts, peak)
+            parts = ((centered(cut, middle), pieces.read(log_tau, cut, dtype)) for cut in pieces.cuts)
+            mean, var, log_total = component_statistics_of_pieces(parts)
         statistics, kept = (mean + (middle - shift), var), (log_tau, log_total)
     combination = Combination.of(*statistics, eps)
     if native:
