@@ -206,8 +206,11 @@ def test_a_context_of_infinite_variance_gets_nothing() -> None:
 @pytest.mark.parametrize("in_rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", [(2, 3, 1), (5, 6, 700), (3, 35, 1024), (900, 2, 7)], ids=str)
 @pytest.mark.parametrize("components", [1, 5, 40])
-def test_component_statistics(shape: tuple[int, int, int], components: int, in_rows: bool) -> None:
+def test_component_statistics(
+    shape: tuple[int, int, int], components: int, in_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of vectors far from zero, and of components so far from all vectors that posteriors underflow."""
+    monkeypatch.setattr(cpu_mixture, "_MOST_SEGMENTS", 2)  # so that one has several spans
     samples, features, positions = shape
     x = torch.randn(samples, features, positions) * torch.rand(features, 1) * 3 + 100
     x = x if in_rows else x.movedim(1, -1).contiguous()
