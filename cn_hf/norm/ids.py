@@ -16,6 +16,8 @@ from cn_hf.errors import ContextIdError, nearest
 
 __all__ = ["ContextIds", "as_tensor", "resolve_context_ids"]
 
+_FEW = 128  # ids that Python looks through sooner than torch
+
 ContextIds: TypeAlias = Tensor | int | str | Sequence[Any]
 """An integer tensor ``(N,)``, an int or name for all samples, a list of N ids or names, or float weights ``(N, T)``."""
 
@@ -111,14 +113,16 @@ def _index_of(name: str, names: Sequence[str] | None) -> int:
 def _check_values(ids: Tensor, num_contexts: int) -> None:
     if ids.is_meta or ids.numel() == 0 or torch._C._functorch.maybe_get_level(ids) != -1:
         return
+    if ids.device.type == "cpu" and ids.numel() <= _FEW and not ids.is_floating_point():
+        values = ids.tolist()  # the quickest way to tell
+        if min(values) >= 0 and max(values) < num_contexts:
+            return
     if ids.is_floating_point():
         tolerance = 1e-3 if ids.dtype in (torch.float32, torch.float64) else 2e-2
         rows = ((ids.sum(dim=1) - 1).abs() <= tolerance) & (ids >= 0).all(dim=1)
         valid, message = rows.all(), "Soft context_ids must be finite, not negative, and sum to one in each row"
     else:
         least, most = ids.aminmax()
-        if ids.device.type == "cpu" and int(least) >= 0 and int(most) < num_contexts:  # the quickest way to tell
-            return
         valid, message = (least >= 0) & (most < num_contexts), f"context_ids must lie in 0..{num_contexts - 1}"
     if ids.device.type != "cpu":
         torch._assert_async(valid)
