@@ -280,13 +280,18 @@ def test_killed_resumed_and_shared_runs_end_alike(places: Path, tmp_path: Path) 
         ({"validation_fraction": 0.0}, DatasetError, "threshold is chosen on validation pairs"),
         ({"memory": 0.0}, ConfigError, "do not fit into memory 0 GiB"),
         ({"model": "test_vitt"}, ConfigError, "'test_vit'"),
+        ({"optimizer_args": {"beta": 1}}, ConfigError, "did you mean 'betas'"),
         ({"output_dir": None, "resume": True}, ConfigError, "give output_dir"),
     ],
 )
-def test_what_cannot_be_is_said(places: Path, options: dict[str, Any], error: type[CnHfError], reason: str) -> None:
+def test_what_cannot_be_is_said(
+    places: Path, tmp_path: Path, options: dict[str, Any], error: type[CnHfError], reason: str
+) -> None:
+    options = {"output_dir": str(tmp_path / "run"), **options}
     flags = {"resume": options.pop("resume")} if "resume" in options else {}
     with pytest.raises(error, match=reason):
         train_siamese(config_of(str(places), **options), **flags)
+    assert not (tmp_path / "run").exists()  # the corrected command is not refused
 
 
 def test_data_that_makes_no_pairs_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from cn_hf.files import write_json
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
 from cn_hf.patching.inference import check_fits
-from cn_hf.patching.routing import ContextSourceLike, router_of
+from cn_hf.patching.router import ContextSourceLike
+from cn_hf.patching.routing import router_of
 
 __all__ = [
     "CONFIG_FILE",

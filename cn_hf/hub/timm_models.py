@@ -24,7 +24,8 @@ from cn_hf.errors import CheckpointError, ConfigError, PatchError
 from cn_hf.files import write_json
 from cn_hf.hub.base_model import TIMM_ARCHITECTURE, build_base, check_model_args, describe_base, quietly
 from cn_hf.patching.patch import named_slots, patch_model
-from cn_hf.patching.routing import ContextRouter, RoutedModel, router_of
+from cn_hf.patching.router import ContextRouter
+from cn_hf.patching.routing import RoutedModel, router_of
 
 if TYPE_CHECKING:  # imported where a checkpoint is read: after cn_hf, `import timm` must cost no more than before
     from cn_hf.hub.description import Description

@@ -25,7 +25,8 @@ from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_con
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.patch import named_slots, patch_model
 from cn_hf.patching.placement import KEYWORDS
-from cn_hf.patching.routing import add_root_mixin, routed_class, router_of, swap_class
+from cn_hf.patching.routing import add_root_mixin, routed_class, router_of
+from cn_hf.patching.swapped import swap_class
 
 if TYPE_CHECKING:
     from cn_hf.hub.description import Description

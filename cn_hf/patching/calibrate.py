@@ -22,7 +22,8 @@ from cn_hf.norm import ContextNorm
 from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import Slot
 from cn_hf.patching.patch import own_slots
-from cn_hf.patching.routing import ContextRouter, router_of
+from cn_hf.patching.router import ContextRouter
+from cn_hf.patching.routing import router_of
 
 __all__ = ["calibrate"]
 

@@ -27,8 +27,9 @@ from cn_hf.norm.convolution import normalized_conv2d
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.norm.formulas import standardized
 from cn_hf.norm.layers import check_features
-from cn_hf.patching.routing import ContextRouter, Swapped
+from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.standardize import LAYER, RMS, PerVector, Standardize, group, instance, simple, simple_of_maps
+from cn_hf.patching.swapped import Swapped
 from cn_hf.patching.transformers_norms import (
     FROZEN_BATCH_NORMS,
     GROUP_NORMS,

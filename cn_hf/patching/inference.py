@@ -11,7 +11,8 @@ from cn_hf.errors import ConfigError
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.choices import check_choice
 from cn_hf.patching.config import BASELINES, INFERENCE, ContextNormConfig
-from cn_hf.patching.routing import ContextSourceLike, router_of
+from cn_hf.patching.router import ContextSourceLike
+from cn_hf.patching.routing import router_of
 
 __all__ = ["apply_inference", "check_fits", "needs_ids", "set_inference"]
 

@@ -16,7 +16,9 @@ from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
 from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_targets
-from cn_hf.patching.routing import ContextRouter, RoutedModel, routed_class, router_of, swap_class
+from cn_hf.patching.router import ContextRouter
+from cn_hf.patching.routing import RoutedModel, routed_class, router_of
+from cn_hf.patching.swapped import swap_class
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 

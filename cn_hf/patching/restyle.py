@@ -23,7 +23,8 @@ from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import InputSlot
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.pictures import Picture, groups_of_one_size
-from cn_hf.patching.routing import ContextRouter, router_of
+from cn_hf.patching.router import ContextRouter
+from cn_hf.patching.routing import router_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cn_hf.norm import DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.synchronized import several_processes, synchronized_forward
 from cn_hf.patching.convert import StoredNormSlot, qualified_name
-from cn_hf.patching.routing import swap_class
+from cn_hf.patching.swapped import swap_class
 
 __all__ = ["synchronize_batch_norms"]
 

@@ -24,7 +24,8 @@ from cn_hf.errors import ConfigError, TrainingError
 from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
 from cn_hf.patching.config import BASELINES, CN_MODES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
-from cn_hf.patching.routing import ContextSourceLike, RoutedModel
+from cn_hf.patching.router import ContextSourceLike
+from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History

@@ -24,6 +24,7 @@ from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.classifier import build_classifier
 from cn_hf.training.contrastive import Contrastive, HeldOut, held_out_distances
 from cn_hf.training.history import History
+from cn_hf.training.optimization import build_optimizer
 from cn_hf.training.preview import preview
 from cn_hf.training.results import data_in_words, network_in_words
 from cn_hf.training.run_folder import CHECKPOINTS
@@ -108,6 +109,8 @@ def train_siamese(
         if accelerator.is_main_process:
             print(preview(config, _build(config, data), data.prepared, folder=folder))
         return None
+    for own in config.networks().values():  # an error now, rather than when the folder is the run's
+        build_optimizer(_build(own, data), own)
     claim_run(config, accelerator, folder, resume=resume, overwrite=overwrite)
     accelerator.print(data_in_words(data.prepared))
     networks: dict[str, SiameseNetwork] = {}

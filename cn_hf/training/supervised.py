@@ -332,10 +332,13 @@ class _Loop:
             )
             now = f"weights of now (step {self.state.place.step})"
             where = f" The {now} and this list are in {path}; the checkpoints before it are kept."
+        precision = self.accelerator.mixed_precision
+        remedies = "warm-up or clip_grad_norm"
+        if precision != "no":
+            remedies = f"warm-up, clip_grad_norm or mixed_precision 'no' (now {precision!r})"
         raise DivergedError(
             f"the training loss is {loss} at step {step}, whose images are the dataset's rows [{shown}]; a lower "
-            f"learning rate (now {self.optimizer.param_groups[0]['lr']:g}), warm-up, clip_grad_norm or mixed_precision "
-            f"'no' (now {self.accelerator.mixed_precision!r}) may help.{where}"
+            f"learning rate (now {self.optimizer.param_groups[0]['lr']:g}), {remedies} may help.{where}"
         )
 
     def _what_would_fit(self, batch: Batch) -> str:

@@ -1,0 +1,180 @@
+"""What the layers of one patched model share: its configuration, and the context ids of the call that is running.
+
+Shape legend: ``N`` samples, ``T`` contexts.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cn_hf.errors import ConfigError, ContextIdError
+from cn_hf.norm.ids import ContextIds, resolve_context_ids
+from cn_hf.norm.synchronized import recomputing
+from cn_hf.patching.config import ContextNormConfig
+
+__all__ = ["ContextRouter", "ContextSourceLike"]
+
+
+class ContextSourceLike(Protocol):
+    """What ``"predict"`` needs of a context source."""
+
+    num_contexts: int
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Context ids ``(N,)`` of uint8 images ``(N, C, H, W)``."""
+
+
+class ContextRouter:
+    """What the layers of one patched model share: the config, and the ids of the call that is running.
+
+    Attributes:
+        config: the model's configuration.
+        ids: checked ids of the running call, or None.
+        backward_ids: ids of the call whose part of the graph runs backward, for activation checkpointing, or None.
+        num_texts: in the running call, of a model that takes images and texts, or None.
+        default: ids of the enclosing ``use_contexts``, or None.
+        source: a context source for ``"predict"``, or None.
+        pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
+        pixel_std: standard deviation they were divided by.
+        lock: held by the thread whose call is running.
+        observer: called with (slot, input, ids) before a slot normalises; used by ``calibrate``.
+    """
+
+    def __init__(self, config: ContextNormConfig) -> None:
+        self.config = config
+        self.ids: Tensor | None = None
+        self.backward_ids: Tensor | None = None
+        self.num_texts: int | None = None
+        self.default: Tensor | None = None
+        self.source: ContextSourceLike | None = None
+        self.pixel_mean: tuple[float, ...] = (0.0,)
+        self.pixel_std: tuple[float, ...] = (1.0,)
+        self.observer: Callable[[Any, Tensor, Tensor | None], None] | None = None
+        self.root: weakref.ref[nn.Module] | None = None
+        self.lock = threading.RLock()
+
+    def _running(self) -> Tensor | None:
+        if self.ids is not None:
+            return self.ids
+        return self.backward_ids if self.backward_ids is not None and recomputing() else self.default
+
+    def is_sequence_first(self, x: Tensor) -> bool:
+        """Whether ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
+
+        Raises:
+            ContextIdError: its first two dimensions are both ``N``.
+        """
+        ids = self._running()
+        if ids is None or ids.shape[0] == 1 or x.dim() < 3 or x.shape[1] != ids.shape[0]:
+            return False
+        if x.shape[0] == ids.shape[0]:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)} near attention that takes "
+                "sequences first, and either dimension can be the batch: build the model with batch_first=True, or "
+                "change the batch size."
+            )
+        return True
+
+    def ids_for(self, x: Tensor) -> Tensor | None:
+        """The running call's ids for a tensor whose leading dimension is ``N`` or, batch-major, a multiple of it.
+
+        Raises:
+            ContextIdError: the leading dimension is no multiple of ``N``.
+        """
+        ids = self._running()
+        if ids is None:
+            return None
+        if ids.device != x.device:  # a device map spreads the model
+            ids = ids.to(x.device)
+        if ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
+            return ids
+        if x.shape[0] == self.num_texts:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids, one an image, met {self.num_texts} texts: patch the layers that images "
+                "pass through alone (where=[...]), or give one id for all."
+            )
+        if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
+            raise ContextIdError(
+                f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)}, whose leading dimension is "
+                "no multiple of the batch size; this layer cannot be given contexts."
+            )
+        return ids.repeat_interleave(x.shape[0] // ids.shape[0], dim=0)
+
+    def resolve(self, context_ids: ContextIds, batch_size: int, device: torch.device) -> Tensor:
+        """``resolve_context_ids`` with this model's contexts."""
+        return resolve_context_ids(
+            context_ids,
+            num_contexts=self.config.num_contexts,
+            batch_size=batch_size,
+            device=device,
+            names=self.config.context_names,
+        )
+
+    def pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What was subtracted from pixels in 0..1 and what they were divided by, ``(1, C or 1, 1, 1)`` each.
+
+        On the device of ``images`` and in their dtype, float32 at least.
+
+        Raises:
+            ConfigError: they are as many as neither one nor the images' channels.
+        """
+        for name, values in (("mean", self.pixel_mean), ("std", self.pixel_std)):
+            if len(values) not in (1, images.shape[1]):
+                raise ConfigError(
+                    f"The model's pixel {name} has {len(values)} values for images of {images.shape[1]} channels; set "
+                    "it with set_inference(model, ..., mean=, std=)."
+                )
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64, device=images.device).to(dtype).view(1, -1, 1, 1)
+            for values in (self.pixel_mean, self.pixel_std)
+        )
+        return mean, std
+
+    def predicted_ids(self, images: Tensor) -> Tensor:
+        """The context that the source tells of each image, ``(N,)``.
+
+        Args:
+            images: ``(N, C, H, W)``, as the model gets them, or uint8.
+
+        Raises:
+            ContextIdError: the model has no source.
+            ConfigError: as ``pixel_statistics``.
+        """
+        if self.source is None:
+            raise ContextIdError(
+                "The model has no context source that could tell which context the images are of: name it, one of "
+                f"{list(self.config.context_names or range(self.config.num_contexts))}, or call "
+                'set_inference(model, "predict", source=fitted_source).'
+            )
+        if images.dtype != torch.uint8:
+            mean, std = self.pixel_statistics(images)
+            images = ((images.detach().to(mean.dtype) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return self.resolve(self.source.predict(images), len(images), images.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextRouter:
+        """A copied model gets a router of its own; a part copied alone stays wired to the model it came from."""
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) not in memo:
+            return self
+        copied = ContextRouter(self.config)
+        copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
+        if root is not None:
+            copied.root = weakref.ref(memo[id(root)])
+        memo[id(self)] = copied
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles: not the running call, and the root only through its own ``__setstate__``."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return kept | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, with a lock of its own."""
+        self.__dict__ |= state | {"lock": threading.RLock()}
