@@ -291,7 +291,7 @@ def test_what_cannot_be_is_said(
     flags = {"resume": options.pop("resume")} if "resume" in options else {}
     with pytest.raises(error, match=reason):
         train_siamese(config_of(str(places), **options), **flags)
-    assert not (tmp_path / "run").exists()  # the corrected command is not refused
+    assert not (tmp_path / "run" / "run.json").exists()  # the corrected command is not refused
 
 
 def test_data_that_makes_no_pairs_is_refused(tmp_path: Path) -> None:
