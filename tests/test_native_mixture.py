@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from mixture_cases import (
     vectors_of,
 )
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cn_hf.norm import cpu_mixture, kernels, native, pieces
-from cn_hf.norm.em import Densities
-from cn_hf.norm.functional import context_norm_plus
+from cn_hf.norm.em import Densities, Mixture
+from cn_hf.norm.functional import context_norm_plus, mixture_norm
 from cn_hf.norm.layout import arranged
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -49,7 +53,9 @@ def found_natively(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels called from now on."""
     called: list[str] = []
     call = native.call
-    monkeypatch.setattr(native, "call", lambda name, *arguments: (called.append(name), call(name, *arguments)))
+    monkeypatch.setattr(
+        native, "call", lambda name, *arguments, **more: (called.append(name), call(name, *arguments, **more))
+    )
     return called
 
 
@@ -114,13 +120,14 @@ def test_numbers_of_contexts_and_features(case: Case, contexts: int) -> None:
     close(actual, expected, 2e-5)
 
 
-def test_does_not_depend_on_threads() -> None:
-    x, (mean, var) = torch.randn(64, 24, 40), torch.rand(2, 5, 24) + 0.5
+@pytest.mark.parametrize("plus_stats", ["learned", "batch"])
+def test_does_not_depend_on_threads(plus_stats: str) -> None:
+    x, (mean, var) = torch.randn(64, 24, 140), torch.rand(2, 5, 24) + 0.5
     results, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(context_norm_plus(x, mean, var, feature_dim=1))
+            results.append(context_norm_plus(x, mean, var, feature_dim=1, plus_stats=plus_stats))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -227,3 +234,81 @@ def test_component_statistics(
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(var.double(), spread, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_total.double(), log_tau.double().logsumexp(dim=0), rtol=1e-6, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ what is left to torch's operators
+
+
+@pytest.mark.parametrize("plus_stats", ["learned", "batch"])
+@pytest.mark.parametrize(
+    ("shape", "weight"), [((2, 5, 3), None), ((2, 100_000, 3), None), ((2, 3, 9), 2), ((2, 4, 9), 3)], ids=str
+)
+def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], weight: int | None, plus_stats: str) -> None:
+    mean, var = torch.randn(3, 4), torch.ones(3, 4)
+    rows = None if weight is None else torch.ones(weight)
+    with pytest.raises(RuntimeError):
+        context_norm_plus(torch.randn(shape), mean, var, feature_dim=1, plus_stats=plus_stats, weight=rows)
+
+
+@pytest.mark.parametrize("plus_stats", ["learned", "batch"])
+@pytest.mark.parametrize("rows", [torch.tensor(2.0), torch.tensor([2.0])], ids=["number", "one"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_an_affine_map_of_one_number_is_broadcast(name: str, rows: Tensor, plus_stats: str) -> None:
+    x, (mean, var) = torch.randn(5, 4, 7), torch.rand(2, 3, 4) + 0.5
+    plain = context_norm_plus(x, mean, var, feature_dim=1, plus_stats=plus_stats)
+    out = context_norm_plus(x, mean, var, feature_dim=1, plus_stats=plus_stats, **{name: rows})
+    torch.testing.assert_close(out, plain * 2 if name == "weight" else plain + 2)
+
+
+def test_negative_views_are_negative() -> None:
+    x, (mean, var) = torch.randn(5, 4, 7), torch.rand(2, 3, 4) + 0.5
+    weight = torch.rand(4)
+    expected = context_norm_plus(-x, mean, var, feature_dim=1, weight=-weight)
+    actual = context_norm_plus(torch._neg_view(x), mean, var, feature_dim=1, weight=torch._neg_view(weight))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_dispatch_modes_see_operators() -> None:
+    x, (mean, var) = torch.randn(5, 4, 7), torch.rand(2, 3, 4) + 0.5
+    with FlopCounterMode(display=False) as counter:
+        context_norm_plus(x, mean, var, feature_dim=1)
+    assert counter.get_total_flops() == 4 * 2 * 35 * 4 * 3
+    traced = make_fx(lambda x: context_norm_plus(x, mean, var, feature_dim=1))(x)
+    other = torch.randn_like(x)
+    torch.testing.assert_close(traced(other), context_norm_plus(other, mean, var, feature_dim=1))
+
+
+def test_subclasses_keep_their_rules() -> None:
+    x, (mean, var) = torch.randn(5, 4), torch.rand(2, 3, 4) + 0.5
+    weight = TwoTensor(torch.ones(4), torch.full((4,), 3.0))
+    out = context_norm_plus(x, mean, var, weight=weight)
+    torch.testing.assert_close(out.a * 3, out.b)  # type: ignore[attr-defined]
+
+
+def test_given_statistics_of_mixtures_have_gradients() -> None:
+    x, prior = torch.randn(6, 4), torch.tensor([0.5, 0.5])
+    theta = Mixture(torch.randn(2, 4), torch.ones(2, 4), prior, prior.sum(), 1)
+    mean, var = torch.randn(2, 4, requires_grad=True), torch.ones(2, 4)
+    out, _ = mixture_norm(x, theta, statistics=(mean, var))
+    (grad,) = torch.autograd.grad(out.sum(), mean)
+    assert grad.abs().sum() > 0
+
+
+def test_far_contexts_do_not_cost_digits() -> None:
+    """One far away moves the shift that all are taken about."""
+    mean, var = torch.randn(5, 16), torch.rand(5, 16) + 0.5
+    mean[4] += 450
+    x = torch.randn(1, 200, 16)
+    log_tau, _ = cpu_mixture.log_posteriors(x, Densities.of(mean, var), False)
+    wide = log_posteriors(x[0].double(), mean.double(), var.double(), torch.ones(5).double())
+    assert (log_tau[0].double().exp() - wide.exp()).abs().max() < 2e-4
+
+
+def test_want_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return lambda *arguments: 0
+
+    monkeypatch.setattr(native, "library", Full)
+    with pytest.raises(MemoryError, match="mixture_forward of 105 numbers"):
+        cpu_mixture.log_posteriors(torch.randn(1, 35, 2), Densities.of(torch.randn(3, 2), torch.ones(3, 2)), False)

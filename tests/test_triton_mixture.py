@@ -324,10 +324,10 @@ def test_compiled(capability: int, dtype: torch.dtype, monkeypatch: pytest.Monke
     def run(x: Tensor, feature_dim: int, contexts: int, components: int) -> None:
         features = x.shape[feature_dim]
         row, table = empty(features), empty(features, contexts)
-        densities = Densities(row, table, table, empty(contexts), empty())
+        densities = Densities(row, table, table, empty(contexts), empty(), empty(contexts))
         triton_combination.combine(x, densities, Combination(row, row, table.T, table.T), 1.0, row, row, feature_dim)
         table, prior = empty(features, components), empty(components)
-        densities = Densities(row, table, table, prior, empty())
+        densities = Densities(row, table, table, prior, empty(), prior)
         forward = triton_mixture.mixture_norm(x, densities, prior, EPS, feature_dim, row, row)
         triton_mixture.mixture_norm_backward(x, x, *forward[2:], densities, prior, feature_dim, row)
 

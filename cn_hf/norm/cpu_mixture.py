@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cn_hf.norm import kernels, native
 from cn_hf.norm.combination import Combination, moments
@@ -20,11 +21,33 @@ __all__ = ["combine", "component_statistics", "handles", "log_posteriors"]
 _SPAN, _MOST_SEGMENTS, _MOST_SUMS = 1024, 64, 2**24
 
 
-def handles(x: Tensor, shift: Tensor, *rows: Tensor | None) -> bool:
-    """Whether there are kernels for such an ``x``, and a shift and rows like these."""
-    tensors = [x, shift, *(row for row in rows if row is not None)]
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return on_cpu and x.is_contiguous() and shift.dtype == torch.float32 and kernels.fused("cpu", x.dtype)
+def handles(
+    x: Tensor,
+    in_rows: bool,
+    densities: Densities,
+    statistics: tuple[Tensor, Tensor] | None,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Whether there are kernels for arguments like these, which are read as their shapes must be.
+
+    What torch would broadcast or refuse is left to torch, and so is all while a dispatch mode wants to see operators.
+    """
+    features, components = x.shape[1 if in_rows else 2], len(densities.constant)
+    shapes = (features,), (features, components), (features, components), (components,), (), (components,)
+    expected: list[tuple[Tensor, tuple[int, ...]]] = list(zip(densities, shapes, strict=True))
+    expected += [(table, (components, features)) for table in statistics or ()]
+    expected += [(row, (features,)) for row in (weight, bias) if row is not None]
+    expected.append((factor, (components,) if factor.dim() else ()))
+    return (
+        kernels.fused("cpu", x.dtype)
+        and x.is_contiguous()
+        and densities.shift.dtype == torch.float32
+        and all(tensor.shape == shape for tensor, shape in expected)
+        and all(tensor.device.type == "cpu" and not tensor.is_neg() for tensor, _ in [*expected, (x, x.shape)])
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def log_posteriors(x: Tensor, densities: Densities, in_rows: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +55,7 @@ def log_posteriors(x: Tensor, densities: Densities, in_rows: bool) -> tuple[Tens
     components = len(densities.constant)
     shape = (x.shape[0], components, x.shape[2]) if in_rows else (*x.shape[:2], components)
     log_tau, peak = densities.constant.new_empty(shape), densities.constant.new_empty(components)
-    _mixture((None, log_tau, peak), x, in_rows, components, _tables_of(densities), float(densities.reach))
+    _mixture((None, log_tau, peak), x, in_rows, components, _tables_of(densities))
     return log_tau, peak
 
 
@@ -80,7 +103,7 @@ def combine(
     tables = {"shift": shift, "factor": factor.expand(components), "weight": weight, "bias": bias}
     tables |= zip(("center", "shared", "scales", "offsets"), combination, strict=True)
     if isinstance(known, Densities):
-        _mixture((out, None, None), x, in_rows, components, tables | _tables_of(known), float(known.reach))
+        _mixture((out, None, None), x, in_rows, components, tables | _tables_of(known))
     else:
         _mixture((out, known, None), x, in_rows, components, tables)
     return out
@@ -92,7 +115,7 @@ def _sizes_of(x: Tensor, in_rows: bool) -> tuple[int, int, int]:
 
 
 def _tables_of(densities: Densities) -> dict[str, Tensor | None]:
-    return {name: table for name, table in densities._asdict().items() if name != "reach"}
+    return {name: table for name, table in densities._asdict().items() if name != "constant"}
 
 
 def _mixture(
@@ -101,9 +124,9 @@ def _mixture(
     in_rows: bool,
     components: int,
     tables: dict[str, Tensor | None],
-    reach: float = 0.0,
 ) -> None:
     held = {name: None if table is None else table.float().contiguous() for name, table in tables.items()}
     samples, features, positions = _sizes_of(x, in_rows)
     sizes = samples, features, components, positions, int(in_rows)
-    native.call("mixture_forward", x.dtype, *results, x, native.Components.of(reach, **held), *sizes)
+    rows, work = native.Components.of(**held), samples * positions * max(features, components)
+    native.call("mixture_forward", x.dtype, *results, x, rows, *sizes, work=work)

@@ -89,7 +89,8 @@ class Densities(NamedTuple):
     """Log-densities of diagonal Gaussians about a shared shift, prepared for many chunks of vectors.
 
     ``shift`` ``(C,)``, ``squared`` and ``linear`` ``(C, K)``, ``constant`` ``(K,)``; beyond ``reach`` ``()`` the square
-    would overflow, and a vector that far belongs where its bounded one does.
+    would overflow, and a vector that far belongs where its bounded one does. ``level`` ``(K,)`` is the logarithm at the
+    mean, times the prior: what ``constant`` is without its part of the expanded square.
     """
 
     shift: Tensor
@@ -97,6 +98,7 @@ class Densities(NamedTuple):
     linear: Tensor
     constant: Tensor
     reach: Tensor
+    level: Tensor
 
     @classmethod
     def of(cls, mean: Tensor, var: Tensor, prior: Tensor | None = None, shift: Tensor | None = None) -> Densities:
@@ -106,10 +108,11 @@ class Densities(NamedTuple):
         mean, precision = mean - shift, var.reciprocal()
         largest = precision.detach().max().clamp_min(1)
         reach = (torch.finfo(mean.dtype).max / (16 * features * largest)).sqrt()
-        constant = -0.5 * ((mean.square() * precision + var.log()).sum(dim=1) + features * math.log(2 * math.pi))
+        level = -0.5 * (var.log().sum(dim=1) + features * math.log(2 * math.pi))
         if prior is not None:
-            constant = constant + prior.to(constant.dtype).log()
-        return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach)
+            level = level + prior.to(level.dtype).log()
+        constant = level - 0.5 * (mean.square() * precision).sum(dim=1)
+        return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach, level)
 
     def bounded(self, centered: Tensor) -> Tensor:
         """Vectors no farther than ``reach``."""

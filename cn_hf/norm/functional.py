@@ -277,7 +277,8 @@ def context_norm_plus(
         mean = mean - densities.shift  # before anything is rounded: results do not depend on it, their digits do
         factor = math.sqrt(len(mean)) if plus_scale == "sqrt_t" else 1.0
         options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
-        seen = _seen(x, mean, var) or _differentiated(x, mean, var, weight, bias) or x.numel() == 0
+        inputs = x, mean, var, weight, bias
+        seen = _seen(*inputs) or _differentiated(*inputs) or x.numel() == 0
         if plus_stats == "learned" and not seen and kernels.on_gpu(x, mean, weight, bias):
             from cn_hf.norm import triton_combination
 
@@ -330,13 +331,14 @@ def mixture_norm(
     with full_precision(x.device):
         mean, var, prior = (part.detach().to(dtype) for part in theta[:3])
         densities = Densities.of(mean, var, prior)
-        seen = _seen(x, weight, bias) or kernels.reference() or distributed or x.numel() == 0
+        inputs = x, weight, bias, *(statistics or ())
+        seen = _seen(*inputs) or kernels.reference() or distributed or x.numel() == 0
         if statistics is None and not seen:
             out, mean, var = fused_mixture_norm(x, weight, bias, densities, prior, eps, feature_dim)
             return out, (mean, var)
         options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
         compute: Any = pieces.combine
-        if seen or _differentiated(x, weight, bias):
+        if seen or _differentiated(*inputs):
             compute, options["distributed"] = combine, distributed
         if statistics is None:
             out, (center, var) = compute(x, densities, prior.rsqrt(), None, **options)

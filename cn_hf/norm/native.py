@@ -54,19 +54,18 @@ class Coefficients(ctypes.Structure):
 
 
 class Components(ctypes.Structure):
-    """``Components`` of the source: addresses, and the reach of densities."""
+    """``Components`` of the source: addresses."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("shift", "squared", "linear", "constant")),
+        *((name, ctypes.c_void_p) for name in ("shift", "squared", "linear", "level", "reach")),
         *((name, ctypes.c_void_p) for name in ("center", "shared", "scales", "offsets", "factor")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        ("reach", ctypes.c_float),
     ]
 
     @classmethod
-    def of(cls, reach: float, **tensors: Tensor | None) -> Components:
+    def of(cls, **tensors: Tensor | None) -> Components:
         """Of contiguous tensors, float32, which must outlive the call."""
-        return cls(reach=reach, **{name: row.data_ptr() for name, row in tensors.items() if row is not None})
+        return cls(**{name: row.data_ptr() for name, row in tensors.items() if row is not None})
 
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -79,19 +78,26 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "mixture_sums": [*[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 2],
 }
 
+_MAY_FAIL = ("mixture_forward", "mixture_sums")  # for want of memory: then they return 0
 
-def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+
+def call(name: str, dtype: torch.dtype, *arguments: Any, work: int = 0) -> None:
     """Run a kernel of the source: tensors are given as they are, the number of threads is torch's.
 
     Args:
         name: without the dtype.
         dtype: of ``x``, one of ``DTYPES``.
         *arguments: as in the source, but for the threads.
+        work: numbers to be computed with, where they are more than the largest tensor has.
+
+    Raises:
+        MemoryError: there was not enough.
     """
     addresses = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    size = max(argument.numel() for argument in arguments if isinstance(argument, Tensor))
+    size = max(work, *(argument.numel() for argument in arguments if isinstance(argument, Tensor)))
     threads = torch.get_num_threads() if size >= _FEWEST_FOR_THREADS else 1
-    getattr(library(), f"{name}_{DTYPES[dtype]}")(*addresses, threads)
+    if getattr(library(), f"{name}_{DTYPES[dtype]}")(*addresses, threads) == 0:
+        raise MemoryError(f"{name} of {size:,} numbers found no memory for its tables.")
 
 
 @cache
@@ -120,7 +126,7 @@ def library() -> ctypes.CDLL | None:
     for function, types in _ARGUMENTS.items():
         for dtype in DTYPES.values():
             getattr(loaded, f"{function}_{dtype}").argtypes = types
-            getattr(loaded, f"{function}_{dtype}").restype = None
+            getattr(loaded, f"{function}_{dtype}").restype = ctypes.c_int if function in _MAY_FAIL else None
     return loaded
 
 

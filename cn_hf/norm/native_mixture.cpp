@@ -1,4 +1,5 @@
-// All components of every vector, weighted by its posteriors (Eqs. 6 and 9), on a CPU: x is read once, y written once.
+// All components of every vector, weighted by its posteriors (Eqs. 6 and 9), on a CPU: posteriors, what they make of x,
+// and weighted sums over a batch, each of which reads x once.
 //
 // A block of kLanes vectors at a time is laid feature after feature, so that registers hold different vectors and that
 // features and positions may lie in either order. Tables are packed as they are walked.
@@ -6,8 +7,11 @@
 // Legend: N samples, C features, L positions of a sample, K components. `in_rows`: a feature's positions lie together
 // in x and y, (N, C, L), and a component's in log_tau, (N, K, L); else (N, L, C) and (N, L, K).
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "native_types.h"
@@ -35,15 +39,14 @@ struct Pair {  // of registers: one number of each vector of a block
 };
 
 struct Components {
-    const float *shift, *squared, *linear, *constant;        // (C,), (C, K), (C, K), (K,): of their densities
+    const float *shift, *squared, *linear, *level, *reach;     // (C,), (C, K), (C, K), (K,), (): of their densities
     const float *center, *shared, *scales, *offsets, *factor;  // (C,), (C,), (K, C), (K, C), (K,): of their combination
-    const float *weight, *bias;                              // (C,) each, or null
-    float reach;
+    const float *weight, *bias;                                // (C,) each, or null
 };
 
 inline Floats all(float value) { return Floats{} + value; }
 
-// e^x of x <= 0, to the last digit or so; 0 where that is smaller than a normal number.
+// e^x of x <= 0, to the last digit or so; 0 from -87 on, just before it is no normal number.
 inline Floats exponential(Floats x) {
     const Floats magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
     const Floats shifted = x * 1.44269504f + magic, whole = shifted - magic;
@@ -115,18 +118,16 @@ std::vector<float> packed(const float* first, const float* second, int64_t rows,
     return table;
 }
 
-// Densities from tables of their expanded squares, -1/2 (scale x - offset)^2 + level, which cancels less.
+// Densities from tables of their expanded squares: -1/2 (scale x - offset)^2 + level, which cancels less.
 struct Densities {
-    std::vector<float> scale, offset, level, table;
+    std::vector<float> scale, offset, table;
+    const float* level;
 
-    Densities(const Components& of, int64_t C, int64_t K) : scale(C * K), offset(C * K) {
-        std::vector<double> squares(K);
+    Densities(const Components& of, int64_t C, int64_t K) : scale(C * K), offset(C * K), level(of.level) {
         for (int64_t i = 0; i < C * K; ++i) {
             scale[i] = std::sqrt(-2 * of.squared[i]);
             offset[i] = scale[i] > 0 ? of.linear[i] / scale[i] : 0;  // none of an infinite variance
-            squares[i % K] += double(offset[i]) * offset[i];
         }
-        for (int64_t k = 0; k < K; ++k) level.push_back(float(of.constant[k] + squares[k] / 2));
         table = packed(scale.data(), offset.data(), K, C, kComponents);
     }
 
@@ -208,12 +209,15 @@ void mixture_forward(
     const auto terms = y ? packed(of.scales, of.offsets, C, K, kFeatures) : std::vector<float>();
     const int64_t vectors = N * L, step = in_rows ? L : 1;
     if (!y) std::fill_n(peak, K, -INFINITY);
+    const int64_t each = C + (found ? C : 0) + K + (y ? 0 : K);  // of scratch: nothing below allocates, and so may fail
+    std::vector<Pair> scratch(each * threads);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<Pair> block(C), bounded(found ? C : 0), logs(K);
-        std::vector<Pair> largest(y ? 0 : K, {all(-INFINITY), all(-INFINITY)});
-        float(*values)[kLanes] = (float(*)[kLanes])block.data();
-        float(*shares)[kLanes] = (float(*)[kLanes])logs.data();
+        Pair *block = &scratch[each * omp_get_thread_num()], *logs = block + C;
+        Pair *bounded = found ? logs + K : nullptr, *largest = y ? nullptr : block + each - K;
+        if (largest) std::fill_n(largest, K, Pair{all(-INFINITY), all(-INFINITY)});
+        float(*values)[kLanes] = (float(*)[kLanes])block;
+        float(*shares)[kLanes] = (float(*)[kLanes])logs;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < vectors; first += kLanes) {
             const Lanes lanes(first, vectors, C, L, in_rows), weights(first, vectors, K, L, in_rows);
@@ -222,17 +226,17 @@ void mixture_forward(
                 for (int64_t c = 0; c < C; ++c) values[c][lane] = values[c][0];
             if (found) {
                 for (int64_t c = 0; c < C; ++c)
-                    bounded[c] = {within(block[c].low, of.reach), within(block[c].high, of.reach)};
-                densities.log(logs.data(), bounded.data(), C, K);
-                posteriors(logs.data(), K, [](Pair& pair) -> Floats& { return pair.low; }, !y);
-                posteriors(logs.data(), K, [](Pair& pair) -> Floats& { return pair.high; }, !y);
+                    bounded[c] = {within(block[c].low, *of.reach), within(block[c].high, *of.reach)};
+                densities.log(logs, bounded, C, K);
+                posteriors(logs, K, [](Pair& pair) -> Floats& { return pair.low; }, !y);
+                posteriors(logs, K, [](Pair& pair) -> Floats& { return pair.high; }, !y);
             } else {
                 weights.each(K, step, [=](int64_t k, int lane, int64_t at) { shares[k][lane] = log_tau[at]; });
-                for (Pair& share : logs) share = {exponential(share.low), exponential(share.high)};
+                for (int64_t k = 0; k < K; ++k) logs[k] = {exponential(logs[k].low), exponential(logs[k].high)};
             }
             if (y) {
                 for (int64_t k = 0; k < K; ++k) logs[k] = {logs[k].low * of.factor[k], logs[k].high * of.factor[k]};
-                combine(block.data(), logs.data(), terms.data(), of, C, K);
+                combine(block, logs, terms.data(), of, C, K);
                 lanes.each(C, step, [=](int64_t c, int lane, int64_t at) { store(y + at, values[c][lane]); });
             } else {
                 weights.each(K, step, [=](int64_t k, int lane, int64_t at) { log_tau[at] = shares[k][lane]; });
@@ -241,7 +245,7 @@ void mixture_forward(
             }
         }
 #pragma omp critical
-        for (int64_t k = 0; k < int64_t(largest.size()); ++k)
+        for (int64_t k = 0; k < (largest ? K : 0); ++k)
             for (int lane = 0; lane < kWidth; ++lane)
                 peak[k] = std::max({peak[k], largest[k].low[lane], largest[k].high[lane]});
     }
@@ -284,20 +288,23 @@ void mixture_sums(
     float* total, float* first, float* second, const float* log_tau, const float* peak, const T* x, const float* point,
     int64_t N, int64_t C, int64_t K, int64_t L, int64_t segments, bool in_rows, int threads) {
     const int64_t vectors = N * L, step = in_rows ? L : 1, spans = (vectors + kSpan - 1) / kSpan;
+    threads = int(std::min<int64_t>(threads, segments));
+    const int64_t rows = (C + kSums + K + kWeights) * kRow, counts = 2 * K * C + K;
+    std::vector<Floats> scratch(rows * threads);  // nothing below allocates, and so may fail
+    std::vector<double> totals(counts * threads);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<Floats> block((C + kSums) * kRow), weight((K + kWeights) * kRow);
-        std::vector<double> sums(2 * K * C), weights(K);
-        float(*values)[kRow * kWidth] = (float(*)[kRow * kWidth])block.data();
-        float(*shares)[kRow * kWidth] = (float(*)[kRow * kWidth])weight.data();
+        Floats *block = &scratch[rows * omp_get_thread_num()], *weight = block + (C + kSums) * kRow;
+        double *sums = &totals[counts * omp_get_thread_num()], *weights = sums + 2 * K * C;
+        float(*values)[kRow * kWidth] = (float(*)[kRow * kWidth])block;
+        float(*shares)[kRow * kWidth] = (float(*)[kRow * kWidth])weight;
 #pragma omp for schedule(static)
         for (int64_t segment = 0; segment < segments; ++segment) {
-            std::fill(sums.begin(), sums.end(), 0);
-            std::fill(weights.begin(), weights.end(), 0);
+            std::fill_n(sums, counts, 0);
             for (int64_t span = segment * spans / segments; span < (segment + 1) * spans / segments; ++span) {
                 const int64_t start = span * kSpan, end = std::min(vectors, start + kSpan);
                 if (end < start + kSpan)  // vectors that are not there weigh nothing
-                    std::fill(weight.begin(), weight.end(), all(-INFINITY));
+                    std::fill_n(weight, (K + kWeights) * kRow, all(-INFINITY));
                 for (int64_t at = start; at < end; at += kLanes) {
                     const Lanes lanes(at, end, C, L, in_rows), logs(at, end, K, L, in_rows);
                     lanes.each(C, step, [=](int64_t c, int lane, int64_t i) {
@@ -312,27 +319,35 @@ void mixture_sums(
                     for (int64_t i = k * kRow; i < k * kRow + kSteps; ++i) sum += weight[i] = exponential(weight[i]);
                     weights[k] += sum_of(sum);
                 }
-                add_moments(sums.data(), block.data(), weight.data(), C, K);
+                add_moments(sums, block, weight, C, K);
             }
-            std::copy(weights.begin(), weights.end(), total + segment * K);
-            std::copy(sums.begin(), sums.begin() + K * C, first + segment * K * C);
-            std::copy(sums.begin() + K * C, sums.end(), second + segment * K * C);
+            std::copy_n(weights, K, total + segment * K);
+            std::copy_n(sums, K * C, first + segment * K * C);
+            std::copy_n(sums + K * C, K * C, second + segment * K * C);
         }
     }
 }
 
 }  // namespace
 
+// Each returns whether there was memory enough: an exception must not leave them.
 #define KERNELS(name, T)                                                                                               \
-    EXPORT void mixture_forward_##name(                                                                                \
+    EXPORT int mixture_forward_##name(                                                                                 \
         T* y, float* log_tau, float* peak, const T* x, Components of, int64_t N, int64_t C, int64_t K, int64_t L,      \
-        int in_rows, int threads) {                                                                                    \
+        int in_rows, int threads) try {                                                                                \
         mixture_forward(y, log_tau, peak, x, of, N, C, K, L, in_rows, threads);                                        \
+        return 1;                                                                                                      \
+    } catch (const std::bad_alloc&) {                                                                                  \
+        return 0;                                                                                                      \
     }                                                                                                                  \
-    EXPORT void mixture_sums_##name(                                                                                   \
+    EXPORT int mixture_sums_##name(                                                                                    \
         float* total, float* first, float* second, const float* log_tau, const float* peak, const T* x,                \
-        const float* point, int64_t N, int64_t C, int64_t K, int64_t L, int64_t segments, int in_rows, int threads) {  \
+        const float* point, int64_t N, int64_t C, int64_t K, int64_t L, int64_t segments, int in_rows, int threads)    \
+        try {                                                                                                          \
         mixture_sums(total, first, second, log_tau, peak, x, point, N, C, K, L, segments, in_rows, threads);           \
+        return 1;                                                                                                      \
+    } catch (const std::bad_alloc&) {                                                                                  \
+        return 0;                                                                                                      \
     }
 
 KERNELS(float32, float)

@@ -122,7 +122,7 @@ def _combine(
     shift, dtype = densities.shift, densities.shift.dtype
     pieces = _Pieces(x, feature_dim, len(densities.constant))
     source = pieces.arranged(x)
-    native = cpu_mixture.handles(source, shift, weight, bias)
+    native = cpu_mixture.handles(source, pieces.in_rows, densities, statistics, factor, weight, bias)
     kept: tuple[Tensor, Tensor] | None = None
 
     def centered(cut: Cut, point: Tensor = shift) -> Tensor:

@@ -198,7 +198,7 @@ def combine(
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
-    shift, squared, linear, constant, reach = densities
+    shift, squared, linear, constant, reach, _ = densities
     center, shared, scales, offsets = combination
     features, components = squared.shape
     if components > _MOST_CONTEXTS or x.dtype not in _DTYPES or squared.dtype != torch.float32:

@@ -410,7 +410,7 @@ def mixture_norm(
     Raises:
         InputShapeError: a sample has more than 2**30 positions.
     """
-    shift, squared, linear, constant, reach = densities
+    shift, squared, linear, constant, reach, _ = densities
     features, components = squared.shape
     x, in_rows = stored(x, feature_dim)
     samples, _, length = sizes_of(x, feature_dim)
@@ -472,7 +472,7 @@ def mixture_norm_backward(
     Returns:
         The gradient of ``x`` in its dtype, those of ``weight`` and ``bias`` ``(C,)`` in the dtype of the densities.
     """
-    shift, squared, linear, _, reach = densities
+    shift, squared, linear, _, reach, _ = densities
     features, components = squared.shape
     x, in_rows = stored(x, feature_dim)
     grad = arranged(grad, feature_dim, in_rows)
