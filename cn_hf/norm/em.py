@@ -108,10 +108,12 @@ class Densities(NamedTuple):
         mean, precision = mean - shift, var.reciprocal()
         largest = precision.detach().max().clamp_min(1)
         reach = (torch.finfo(mean.dtype).max / (16 * features * largest)).sqrt()
-        level = -0.5 * (var.log().sum(dim=1) + features * math.log(2 * math.pi))
+        normalizer = features * math.log(2 * math.pi)
+        constant = -0.5 * ((mean.square() * precision + var.log()).sum(dim=1) + normalizer)
+        level = -0.5 * (var.log().sum(dim=1) + normalizer)
         if prior is not None:
-            level = level + prior.to(level.dtype).log()
-        constant = level - 0.5 * (mean.square() * precision).sum(dim=1)
+            log_prior = prior.to(constant.dtype).log()
+            constant, level = constant + log_prior, level + log_prior
         return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach, level)
 
     def bounded(self, centered: Tensor) -> Tensor:
