@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,15 @@ class Slow:
         return row
 
 
+@pytest.fixture
+def _no_child_death_handler() -> Iterator[None]:
+    """That of torch may be there already, from a loader of a test before: ours leaves handlers as they were."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, handler)
+
+
+@pytest.mark.usefixtures("_no_child_death_handler")
 @pytest.mark.parametrize("as_stream", [False, True])
 def test_a_killed_worker_is_one_clear_error_when_the_next_batch_is_asked_for(as_stream: bool) -> None:
     dataset = make_dataset(800)
