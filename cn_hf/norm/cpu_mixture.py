@@ -18,7 +18,8 @@ from cn_hf.norm.em import Densities
 
 __all__ = ["combine", "component_statistics", "handles", "log_posteriors"]
 
-_SPAN, _MOST_SEGMENTS, _MOST_SUMS = 1024, 64, 2**24
+_SPAN = 1024  # kSpan of the source: less would leave segments without vectors, which is slower and no more
+_MOST_SEGMENTS, _MOST_SUMS = 64, 2**24
 
 
 def handles(
