@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import free_port
 from torch import nn
 
 import cn_hf
@@ -101,9 +101,7 @@ def start(folder: Path, processes: int = 1, **options: Any) -> list[BaseProcess]
     """One process per rank."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     started = []
     for rank in range(processes):
         kwargs = {"rank": rank, "processes": processes, "port": port, **options}

@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from processes import run_together
 from torch import Tensor, nn
 
 from cn_hf.errors import CnHfError, ConfigError, InputShapeError
@@ -411,7 +412,7 @@ def work(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What the first of two processes, the second, and one alone computed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    run_together(work, str(folder))
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
     return first, second, collect(batches())
 

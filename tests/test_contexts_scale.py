@@ -6,7 +6,6 @@ import dataclasses
 import io
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import free_port, run_together
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
@@ -422,10 +421,7 @@ def _full(self, like, needed):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_find_together_what_one_finds_alone(count, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (count, port, str(tmp_path)), nprocs=count)
+    run_together(_process, count, free_port(), str(tmp_path), processes=count)
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(count)]
     parts, results = [part for part, _ in saved], [result for _, result in saved]
     expected = {name: dataclasses.asdict(fit_case(name)) for name in FITS}

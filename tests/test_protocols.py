@@ -585,6 +585,7 @@ import json, sys
 import torch
 from accelerate import Accelerator
 sys.path.insert(0, sys.argv[1])
+from processes import leave
 from test_protocols import _batches, _convnet, _counts, _data, _patched
 from cn_hf.contexts import BrightnessContexts
 from cn_hf.evaluation import evaluate_protocols
@@ -614,6 +615,7 @@ else:
 if accelerator.is_main_process:
     open(sys.argv[2], "w").write(json.dumps(report.to_dict()))
 accelerator.end_training()
+leave()
 """
 
 

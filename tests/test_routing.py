@@ -7,8 +7,6 @@ import gc
 import inspect
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from models_for_tests import (
     SmallTokenNet,
     difference,
@@ -31,6 +30,7 @@ from models_for_tests import (
     vit,
     vit_with_every_slot,
 )
+from processes import run_together
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -828,12 +828,7 @@ def test_data_parallel_works_or_says_what_to_use() -> None:
         model._replicate_for_data_parallel()  # what torch calls for each device
 
 
-DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-import cn_hf
-
-def train(rank, world, folder):
+def train(rank: int, world: int, folder: str) -> None:
     torch.manual_seed(0)
     layers = nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)
     model = nn.Sequential(*layers)
@@ -849,20 +844,19 @@ def train(rank, world, folder):
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/{rank}-of-{world}.pt")
 
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-train(rank, 2, folder)
-dist.destroy_process_group()
-if rank == 0:
-    train(0, 1, folder)
-"""
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    train(rank, 2, folder)
+    dist.destroy_process_group()
+    if rank == 0:
+        train(0, 1, folder)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    runs = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [run.wait(timeout=200) for run in runs] == [0, 0]
+    run_together(work, str(tmp_path))
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
     moved = 0
     for name, value in one.items():

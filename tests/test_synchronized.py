@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_together
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from timm.layers.norm_act import FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
@@ -353,7 +354,7 @@ Results = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the first of two processes, the second, and one alone computed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    run_together(work, str(folder))
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
     return first, second, collect(None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from models_for_tests import (
     SmallTokenNet,
@@ -28,6 +26,7 @@ from models_for_tests import (
     tell_apart,
     vit,
 )
+from processes import free_port, run_together
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -254,10 +253,7 @@ def _fully_sharded(part: slice) -> list[float]:
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     model = _network()
     expected = _losses(model, torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), slice(None))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    run_together(_process, free_port(), str(tmp_path))
     results = torch.load(tmp_path / "losses.pt")
     assert expected[2] != expected[0]
     for name in ("ddp", "fsdp"):

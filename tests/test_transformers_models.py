@@ -21,6 +21,7 @@ from datasets import Dataset
 from hub_server import OWNER, HubServer, run_python
 from models_for_tests import settle
 from PIL import Image
+from processes import leave
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -604,3 +605,4 @@ def test_hub_options(hub: HubServer, tmp_path: Path) -> None:
 
 if __name__ == "__main__":  # one process of the test above
     run_on_two_processes(Path(sys.argv[1]))
+    leave()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
+from processes import free_port
 from torch import Tensor, nn
 
 import cn_hf
@@ -136,9 +136,7 @@ class Starter:
 
     def __call__(self, folder: Path, processes: int = 1, **options: Any) -> list[BaseProcess]:
         """One process per rank; state goes to ``folder/run``, the outcome to ``folder/result.pt``."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         started = []
         for rank in range(processes):
             kwargs = {"rank": rank, "processes": processes, "port": port, **options}
