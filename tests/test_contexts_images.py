@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cn_hf.contexts import drop_corrupt_images
 from cn_hf.contexts.images import find_image_column, iter_decoded, stack_arrays, to_array
@@ -101,6 +102,23 @@ def test_every_mode_of_eight_or_sixteen_bits_is_converted(mode):
     assert array.shape == (5, 7, 3)
     reference = np.asarray(gray if mode.startswith("I") else image.convert("RGB").convert("L"))
     assert np.abs(array[..., 0].astype(int) - reference).max() <= (0 if mode.startswith("I") else 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((37, 52), (16, 21)), ((9, 7), (20, 33)), ((40, 24), (32, 33)), ((24, 40), (33, 32)), ((1, 1), (3, 2))],
+)
+def test_resizing_is_exact_to_the_roundings_of_two_passes(old, new, mode):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(60, 190, (*old, 3), dtype=np.uint8)).convert(mode)
+    before = np.array(image)
+    array = to_array(image, mode, new)
+    assert array.shape == (*new, len(image.getbands()))
+    assert array.dtype == np.uint8
+    wide = torch.tensor(before, dtype=torch.float64).reshape(*old, -1).permute(2, 0, 1)[None]
+    exact = F.interpolate(wide, size=new, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    assert np.abs(array - exact.numpy()).max() <= 1.5  # each pass rounds by a half, the second weighs by up to 1.3
+    assert np.array_equal(np.asarray(image), before)
 
 
 def test_sixteen_bits_are_scaled_whatever_else_is_in_the_image():

@@ -82,7 +82,7 @@ def test_labels_are_offset_and_images_and_columns_unified(streaming):
     assert {image.shape for image in pixels} == {(6, 6, 3)}
     assert np.array_equal(pixels[1], np.asarray(picture(6, 6, seed=1)))
     resized = picture(4, 5, 1, seed=102).convert("RGB").resize((6, 6), PIL.Image.Resampling.BICUBIC)
-    assert np.array_equal(pixels[4], np.asarray(resized))
+    assert np.abs(pixels[4].astype(int) - np.asarray(resized)).max() <= 1
     assert set(data["animals"].features) == {"img", "fine_label", "coarse_label"}
 
 

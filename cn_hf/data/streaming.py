@@ -120,16 +120,18 @@ class StreamedBatches(Batches):
             if isinstance(part, CnHfError):
                 raise part
             self.skipped += part.skipped
+            labels, rows, places = map(torch.from_numpy, (part.labels, part.rows, part.places))
+            context_ids = None if part.context_ids is None else torch.from_numpy(part.context_ids)
             if self.mixing is not None:
-                self.mixing.check(part.labels, part.context_ids)
+                self.mixing.check(labels, context_ids)
             pixels = self._pixels(part)
             yield self._batch(
                 pixels.to(self.device, non_blocking=True),
-                part.labels.to(self.device, non_blocking=True),
-                None if part.context_ids is None else part.context_ids.to(self.device, non_blocking=True),
-                part.rows.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+                None if context_ids is None else context_ids.to(self.device, non_blocking=True),
+                rows.to(self.device, non_blocking=True),
                 number=part.number,
-                places=part.places,
+                places=places,
                 total=part.total,
             )
 
@@ -186,13 +188,16 @@ class StreamedBatches(Batches):
 
 
 class _Part(NamedTuple):
-    """This process's part of global batch ``number`` of ``total`` rows; None for pixels where it has no image."""
+    """This process's part of global batch ``number`` of ``total`` rows; None for pixels where it has no image.
+
+    The few numbers of each image are arrays, which a worker sends along; a tensor takes a connection each.
+    """
 
     pixels: Tensor | None
-    labels: Tensor
-    context_ids: Tensor | None
-    rows: Tensor
-    places: Tensor
+    labels: npt.NDArray[np.int64]
+    context_ids: npt.NDArray[Any] | None  # int64 (n,) or float32 weights (n, T)
+    rows: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
     skipped: tuple[int, ...]
     number: int
     total: int
@@ -254,10 +259,10 @@ class _PartDecoder:
             good_rows = [rows[place] for place in good]
             return _Part(
                 pixels=stack_arrays(arrays, good_rows) if good else None,
-                labels=torch.from_numpy(labels)[good],
+                labels=labels[good],
                 context_ids=None if context_ids is None else context_ids[good],
-                rows=torch.tensor(good_rows, dtype=torch.int64),
-                places=torch.tensor(good, dtype=torch.int64) + first_place,
+                rows=np.array(good_rows, dtype=np.int64),
+                places=np.array(good, dtype=np.int64) + first_place,
                 skipped=tuple(row for row, array in zip(rows, decoded, strict=True) if array is None),
                 number=number,
                 total=total,
@@ -274,13 +279,13 @@ class _PartDecoder:
                 return None
             raise unreadable(row, self.image_column, str(error)) from error
 
-    def _context_ids(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> Tensor | None:
+    def _context_ids(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> npt.NDArray[Any] | None:
         if CONTEXT_COLUMN not in self.columns:
             return None
         values = columns[CONTEXT_COLUMN]
         if self.has_weights:
-            return torch.tensor(values, dtype=torch.float32)
-        return torch.from_numpy(_integers(values, rows, CONTEXT_COLUMN, self.num_contexts))
+            return torch.tensor(values, dtype=torch.float32).numpy()
+        return _integers(values, rows, CONTEXT_COLUMN, self.num_contexts)
 
 
 def _integers(
