@@ -71,7 +71,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 def picture(tmp_path_factory) -> Path:
     """A photograph on its side, as a telephone writes it."""
     path = tmp_path_factory.mktemp("pictures") / "sideways.jpg"
-    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (36, 40, 3), dtype=np.uint8))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     image.save(path, exif=exif, quality=95)
