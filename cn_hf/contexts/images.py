@@ -142,7 +142,7 @@ def _resized(array: Array, size: tuple[int, int]) -> Array:
 
     What shrinks does so first, lest the overshoot of what grows be cut off and then averaged.
     """
-    pixels = torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2)  # Pillow's own must not be written to
+    pixels = torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2)  # torch warns of arrays it may not write to
     for sides in ((min(array.shape[0], size[0]), min(array.shape[1], size[1])), size):
         if pixels.shape[2:] != sides:
             pixels = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
