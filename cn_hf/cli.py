@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 
 import cn_hf
-from cn_hf.benchmark.command import benchmark
 from cn_hf.errors import CnHfError
 from cn_hf.experiments.command import cards, reproduce
 from cn_hf.hub.command import inspect, predict, push
@@ -85,12 +84,12 @@ def demo(
 
     Needs neither network nor GPU, and less than 90 seconds on two cores.
     """
-    from cn_hf.training.demo import run_demo
+    from cn_hf.recipes.demo.run import run_demo
 
     run_demo(output_dir, seed=seed, progress=progress)
 
 
-for command in (reproduce, cards, push, inspect, predict, restyle, benchmark):
+for command in (reproduce, cards, push, inspect, predict, restyle):
     app.command()(command)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import cast
 
 from cn_hf.cli import run_app
-from cn_hf.training.adamatch_config import AdaMatchConfig
+from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.training.command import training_app
 from cn_hf.training.config import TrainingConfig
 
@@ -23,7 +23,7 @@ def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool)
     """Import the heavy libraries only once the options are known to be right."""
     from accelerate import PartialState
 
-    from cn_hf.training.adamatch_run import train_adamatch
+    from cn_hf.recipes.adamatch.run import train_adamatch
 
     train_adamatch(cast(AdaMatchConfig, config), resume=resume, overwrite=overwrite, dry_run=dry_run)
     PartialState().destroy_process_group()

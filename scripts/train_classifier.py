@@ -19,7 +19,7 @@ def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool)
     """Import the heavy libraries only once the options are known to be right."""
     from accelerate import PartialState
 
-    from cn_hf.training.classifier import train_classifier
+    from cn_hf.recipes.classifier.run import train_classifier
 
     train_classifier(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
     PartialState().destroy_process_group()

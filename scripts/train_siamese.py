@@ -14,16 +14,16 @@ from __future__ import annotations
 from typing import cast
 
 from cn_hf.cli import run_app
+from cn_hf.recipes.siamese.config import SiameseConfig
 from cn_hf.training.command import training_app
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.siamese_config import SiameseConfig
 
 
 def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
     """Import the heavy libraries only once the options are known to be right."""
     from accelerate import PartialState
 
-    from cn_hf.training.siamese import train_siamese
+    from cn_hf.recipes.siamese.run import train_siamese
 
     train_siamese(cast(SiameseConfig, config), resume=resume, overwrite=overwrite, dry_run=dry_run)
     PartialState().destroy_process_group()

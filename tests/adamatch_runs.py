@@ -14,10 +14,10 @@ from torch import nn
 
 import cn_hf
 from cn_hf.data import DeviceBatches, build_augmentation
-from cn_hf.data.randaugment import RandAugment
-from cn_hf.training.adamatch import AdaMatch
-from cn_hf.training.adamatch_config import AdaMatchConfig
-from cn_hf.training.adamatch_data import TwoViewBatches
+from cn_hf.recipes.adamatch.config import AdaMatchConfig
+from cn_hf.recipes.adamatch.data import TwoViewBatches
+from cn_hf.recipes.adamatch.objective import AdaMatch
+from cn_hf.recipes.adamatch.randaugment import RandAugment
 from cn_hf.training.supervised import fit, make_accelerator
 
 CLASSES = 3

@@ -13,13 +13,13 @@ from adamatch_runs import CLASSES, CONFIG, batches
 from torch import Tensor, nn
 
 import cn_hf
-from cn_hf.data.neighbours import Neighbours
-from cn_hf.data.randaugment import OPERATIONS, RandAugment
 from cn_hf.errors import ConfigError, ContextIdError, InputShapeError, TrainingError
 from cn_hf.norm import DomainBatchNorm
-from cn_hf.training.adamatch import AdaMatch, align, interpolate, kept_statistics, relative_threshold, warm_up
-from cn_hf.training.adamatch_config import AdaMatchConfig
-from cn_hf.training.adamatch_data import ImageStandardization, TwoViewBatches
+from cn_hf.recipes.adamatch.config import AdaMatchConfig
+from cn_hf.recipes.adamatch.data import ImageStandardization, TwoViewBatches
+from cn_hf.recipes.adamatch.neighbours import Neighbours
+from cn_hf.recipes.adamatch.objective import AdaMatch, align, interpolate, kept_statistics, relative_threshold, warm_up
+from cn_hf.recipes.adamatch.randaugment import OPERATIONS, RandAugment
 from cn_hf.training.objective import Moment
 from cn_hf.training.supervised import fit, make_accelerator
 

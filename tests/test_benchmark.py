@@ -13,9 +13,10 @@ import PIL.Image
 import pytest
 import torch
 
-from cn_hf.benchmark.picture import limited_rows, plot_report
-from cn_hf.benchmark.program import run_benchmark, update_table
-from cn_hf.benchmark.report import (
+from cn_hf.errors import CheckpointError, ConfigError
+from scripts.benchmark.picture import limited_rows, plot_report
+from scripts.benchmark.program import run_benchmark, update_table
+from scripts.benchmark.report import (
     BEGIN,
     END,
     Record,
@@ -27,10 +28,9 @@ from cn_hf.benchmark.report import (
     section_table,
     write_report,
 )
-from cn_hf.benchmark.rows import MICROSECONDS, SPEED, WAITS, Row, Trial, compared, differing, single
-from cn_hf.benchmark.sections import SECTIONS, Section, chosen_sections, left_out, planned_rows
-from cn_hf.benchmark.settings import NetworkOptions, Settings, usable_device
-from cn_hf.errors import CheckpointError, ConfigError
+from scripts.benchmark.rows import MICROSECONDS, SPEED, WAITS, Row, Trial, compared, differing, single
+from scripts.benchmark.sections import SECTIONS, Section, chosen_sections, left_out, planned_rows
+from scripts.benchmark.settings import NetworkOptions, Settings, usable_device
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_what_a_quick_run_leaves_out_is_named() -> None:
 
 def record(*rows: Row, **options: object) -> Record:
     environment = {
-        "command": "cn-hf benchmark", "device": "Some GPU", "cpu": "Some CPU",
+        "command": "python scripts/benchmark", "device": "Some GPU", "cpu": "Some CPU",
         "versions": {"torch": "2.0", "cn_hf": "1"},
     }  # fmt: skip
     return Record(**{
@@ -431,17 +431,13 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_script_and_command_are_the_same_program(tmp_path: Path) -> None:
+def test_the_program(tmp_path: Path) -> None:
     options = ("--smoke", "--section", "plus", "--device", "cpu", "--threads", "1", "--rounds", "3", "--no-progress")
-    script = run(str(ROOT / "scripts" / "benchmark.py"), *options, cwd=tmp_path)
+    script = run(str(ROOT / "scripts" / "benchmark"), *options, cwd=tmp_path)
     assert script.returncode == 0, script.stderr
     assert "| CN+ (learned, none) on maps" in script.stdout
     assert "1 threads" in script.stdout
     assert read_report(tmp_path / "runs" / "benchmark")["cpu"]["plus"].rows[0].rounds == 3
-    help_texts = [run(*program, "--help", cwd=tmp_path).stdout.splitlines()[3:] for program in (
-        (str(ROOT / "scripts" / "benchmark.py"),), ("-m", "cn_hf.cli", "benchmark"),
-    )]  # fmt: skip
-    assert help_texts[0] == help_texts[1]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +451,7 @@ def test_script_and_command_are_the_same_program(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run("-m", "cn_hf.cli", "benchmark", *arguments, cwd=tmp_path)
+    done = run(str(ROOT / "scripts" / "benchmark"), *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from cn_hf.benchmark import models, networks, ops, pipeline, scale
-from cn_hf.benchmark.activations import Activations, Layout
-from cn_hf.benchmark.pipeline import Plan, TimedBatches
-from cn_hf.benchmark.sections import SECTIONS
-from cn_hf.benchmark.settings import NetworkOptions, Settings
+from scripts.benchmark import models, networks, ops, pipeline, scale
+from scripts.benchmark.activations import Activations, Layout
+from scripts.benchmark.pipeline import Plan, TimedBatches
+from scripts.benchmark.sections import SECTIONS
+from scripts.benchmark.settings import NetworkOptions, Settings
 
 CPU = torch.device("cpu")
 
@@ -214,7 +214,7 @@ def test_every_variant_of_a_network_is_timed() -> None:
 
 @pytest.mark.parametrize("network", [*networks.VARIANTS])
 def test_a_step_trains_the_network_named(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cn_hf.training import classifier
+    from cn_hf.recipes.classifier import run as classifier
 
     built: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
     original = classifier.build_classifier

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from cn_hf.benchmark import activations
-from cn_hf.benchmark.activations import Activations, Layout, layouts
-from cn_hf.benchmark.races import Duel, race
-from cn_hf.benchmark.rivals import LoopOverContexts, MatrixProducts, fit_gaussian_mixture
-from cn_hf.benchmark.rows import Row
-from cn_hf.benchmark.settings import Settings
-from cn_hf.benchmark.timing import in_turn, saved_bytes, seconds_in_turn
+from scripts.benchmark import activations
+from scripts.benchmark.activations import Activations, Layout, layouts
+from scripts.benchmark.races import Duel, race
+from scripts.benchmark.rivals import LoopOverContexts, MatrixProducts, fit_gaussian_mixture
+from scripts.benchmark.rows import Row
+from scripts.benchmark.settings import Settings
+from scripts.benchmark.timing import in_turn, saved_bytes, seconds_in_turn
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from cn_hf.contexts import drop_corrupt_images
-from cn_hf.contexts.images import find_image_column, iter_decoded, stack_arrays, to_array
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, InputTypeError
+from cn_hf.reading.images import find_image_column, iter_decoded, stack_arrays, to_array
 
 IMAGES = datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int64")})
 

@@ -18,9 +18,10 @@ from training_runs import batches, network
 
 import cn_hf
 from cn_hf.data import DeviceBatches, build_augmentation
-from cn_hf.data.pairs import PairBatches, draw_pairs
 from cn_hf.errors import ConfigError, DatasetError, InputShapeError, TrainingError
-from cn_hf.evaluation.verification import (
+from cn_hf.recipes.siamese.objective import Contrastive, contrastive_loss, embed, held_out_distances
+from cn_hf.recipes.siamese.pairs import PairBatches, draw_pairs
+from cn_hf.recipes.siamese.verification import (
     best_threshold,
     context_groups,
     equal_error_rate,
@@ -29,7 +30,6 @@ from cn_hf.evaluation.verification import (
     verify,
 )
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.contrastive import Contrastive, contrastive_loss, embed, held_out_distances
 from cn_hf.training.objective import CrossEntropy, Moment, StepLoss
 from cn_hf.training.supervised import fit, make_accelerator
 from cn_hf.training.validation import Batch
@@ -265,8 +265,8 @@ def test_evaluation_pairs_are_fixed_and_even() -> None:
 def test_evaluation_pairs_of_more_images_than_can_be_listed(monkeypatch: pytest.MonkeyPatch, most_images: int) -> None:
     identities = torch.arange(300) % 20
     everything = evaluation_pairs(identities, most=10**6)
-    monkeypatch.setattr("cn_hf.evaluation.verification._MOST_PAIRS", 2000)
-    monkeypatch.setattr("cn_hf.evaluation.verification._MOST_IMAGES", most_images)
+    monkeypatch.setattr("cn_hf.recipes.siamese.verification._MOST_PAIRS", 2000)
+    monkeypatch.setattr("cn_hf.recipes.siamese.verification._MOST_IMAGES", most_images)
     pairs = evaluation_pairs(identities, most=50)
     assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs) == 100
     assert {tuple(pair) for pair in pairs.tolist()} <= {(a, b) for a in range(300) for b in range(a + 1, 300)}

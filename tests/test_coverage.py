@@ -15,10 +15,10 @@ import timm
 from packaging.version import Version
 
 from cn_hf import ConfigError
-from cn_hf.evaluation import coverage
-from cn_hf.evaluation.coverage import Rows, build_timm, chosen_timm_models, structure_of_timm, sweep
-from cn_hf.evaluation.coverage_table import headline, write_coverage
-from cn_hf.evaluation.coverage_transformers import TRANSFORMERS
+from scripts.coverage import sweep as coverage
+from scripts.coverage.sweep import Rows, build_timm, chosen_timm_models, structure_of_timm, sweep
+from scripts.coverage.table import headline, write_coverage
+from scripts.coverage.transformers_models import TRANSFORMERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "model_cards" / "results"
@@ -39,7 +39,7 @@ def of_today(committed: dict[str, Any]) -> None:
     """The table can have missed nothing: timm is of its version, or older."""
     installed, of_table = (metadata.version("timm"), committed["versions"]["timm"])
     if Version(installed) > Version(of_table):
-        pytest.skip(f"timm {installed} is newer than the table's {of_table}; make it again with scripts/coverage.py")
+        pytest.skip(f"timm {installed} is newer than the table's {of_table}; make it again with scripts/coverage")
 
 
 @pytest.mark.usefixtures("of_today")
@@ -154,7 +154,7 @@ def test_models_are_built_at_the_smallest_size_they_take() -> None:
 
 @pytest.mark.parametrize(("name", "code", "words"), [("test_vit", 0, ""), ("tset_vit", 1, "did you mean 'test_vit'")])
 def test_the_script(name: str, code: int, words: str, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/coverage.py", "--rows", str(tmp_path / "rows.jsonl"), name]
+    command = [sys.executable, "scripts/coverage", "--rows", str(tmp_path / "rows.jsonl"), name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
     assert words in done.stderr

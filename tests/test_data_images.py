@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from cn_hf.data import channel_statistics, decode_images, load_splits
-from cn_hf.data.images import image_shape
-from cn_hf.data.statistics import ChannelSums
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, InputShapeError, InputTypeError
+from cn_hf.reading.decoded import image_shape
+from cn_hf.reading.statistics import ChannelSums
 
 
 def encoded(array: Any, kind: str = "PNG", **options: Any) -> dict[str, Any]:

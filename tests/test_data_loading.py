@@ -12,8 +12,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from cn_hf.data import find_image_column, find_label_column, label_names, load_splits, prepare_data, take_shuffled
-from cn_hf.data.loading import read_labels
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError
+from cn_hf.reading.loading import read_labels
 
 
 def picture(value: int, side: int = 4) -> PIL.Image.Image:

@@ -293,7 +293,7 @@ def test_the_handler_of_child_deaths_is_left_alone() -> None:
 
 KEPT = """
 import torch
-from cn_hf.data.workers import iterate
+from cn_hf.reading.workers import iterate
 
 class Broken(torch.utils.data.Dataset):
     def __len__(self):

@@ -16,8 +16,7 @@ from PIL import Image
 
 import cn_hf
 from cn_hf.errors import CheckpointError
-from cn_hf.training.demo import fitted_domain_source, run_demo, source_agreement
-from cn_hf.training.demo_data import (
+from cn_hf.recipes.demo.data import (
     DOMAINS,
     IMAGE_SIZE,
     SPLITS,
@@ -25,6 +24,7 @@ from cn_hf.training.demo_data import (
     tile_corners,
     write_sample_sheet,
 )
+from cn_hf.recipes.demo.run import fitted_domain_source, run_demo, source_agreement
 
 SECONDS = 90
 

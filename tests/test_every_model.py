@@ -1,4 +1,4 @@
-"""Patching holds for every kind of model: a sample of the sweep that `scripts/coverage.py` runs over all of timm."""
+"""Patching holds for every kind of model: a sample of the sweep that `scripts/coverage` runs over all of timm."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 import cn_hf
 from cn_hf import CnHfError, ContextIdError, PatchError
-from cn_hf.evaluation.coverage import build_timm, check_model, structure_of_timm
-from cn_hf.evaluation.coverage_transformers import TRANSFORMERS
-from cn_hf.evaluation.properties import PatchingCheck, settle_parameters
 from cn_hf.patching.convert import NORMS, REFUSED, SampleNormSlot, Slot, qualified_name
 from cn_hf.patching.placement import NORM_BASES, is_norm_like
+from scripts.coverage.properties import PatchingCheck, settle_parameters
+from scripts.coverage.sweep import build_timm, check_model, structure_of_timm
+from scripts.coverage.transformers_models import TRANSFORMERS
 
 TINY = timm.list_models("test_*")
 

@@ -28,7 +28,7 @@ from cn_hf.hub.prediction import open_images, predict, prediction_lines
 from cn_hf.hub.preprocessing import input_size_of, label_names_of, to_pixels
 from cn_hf.hub.publish import run_files
 from cn_hf.hub.repository import HubOptions
-from cn_hf.training.classifier import train_classifier
+from cn_hf.recipes.classifier.run import train_classifier
 from cn_hf.training.config import TrainingConfig
 
 CLASSES = ("dark", "light", "striped")

@@ -16,27 +16,34 @@ PACKAGE = Path(cn_hf.__file__).parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
-# errors <- norm <- {patching, contexts}; contexts <- data; models stands alone; the rest as listed. What
-# points down a chain may point to its end. `devices` and `files` are leaves beside `errors`; `registration` imports by
-# name what a library that is being imported needs.
+# Floors of the house, lowest first; a unit may import those of the floors below its own. `models` stands alone, and
+# hub and above import it. `devices` and `files` are leaves beside `errors`; `registration` imports by name what a
+# library that is being imported needs.
 LEAVES = {"devices", "errors", "files", "registration"}
+FLOORS: list[set[str]] = [
+    {"norm"},
+    {"reading", "patching"},
+    {"contexts", "models"},
+    {"hub", "data"},
+    {"adaptation"},
+    {"evaluation"},
+    {"training"},
+    {"recipes"},
+    {"experiments"},
+    {"app"},
+    {"cli"},
+]
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "devices": {"errors"},
     "files": {"errors"},
     "registration": set(),
-    "norm": {"errors"},
-    "patching": {"norm"},
-    "contexts": {"norm"},
-    "data": {"contexts", "norm"},
-    "models": set(),
-    "hub": {"norm", "patching", "contexts", "models"},
-    "evaluation": {"norm", "patching", "contexts", "data"},
-    "training": {"norm", "patching", "contexts", "data", "models", "hub", "evaluation"},
+    **{unit: set().union(*FLOORS[:floor]) for floor, units in enumerate(FLOORS) for unit in units},
 }
-MAY_IMPORT["experiments"] = set(MAY_IMPORT)
-MAY_IMPORT["benchmark"] = set(MAY_IMPORT)
-MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
+MAY_IMPORT["models"] = set()
+MAY_IMPORT["contexts"] -= {"models"}
+MAY_IMPORT["data"] -= {"models"}
+MAY_IMPORT["__main__"] = {"cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "norm": {"torch", "triton"},  # triton: the compiler torch comes with, imported on CUDA alone
@@ -148,6 +155,45 @@ def broken_directions(package: Path) -> list[str]:
 
 def test_imports_point_one_way() -> None:
     assert broken_directions(PACKAGE) == []
+
+
+def file_graph(package: Path) -> dict[str, set[str]]:
+    """The files of the package by module name, each with those that it imports, anywhere in it."""
+    modules = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+    # A name taken from a package's __init__ comes lazily from the file that defines it: such an edge is no circle.
+    files = {name for name, path in modules.items() if path.name != "__init__.py"}
+    return {name: (imported_names(modules[name], package) & files) - {name} for name in files}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that reach each other (strongly connected components of more than one file)."""
+    reach = {name: {name} for name in graph}
+    for name, found in reach.items():
+        waiting = [name]
+        while waiting:
+            fresh = graph[waiting.pop()] - found
+            found |= fresh
+            waiting += fresh
+    groups = {frozenset(other for other in found if name in reach[other]) for name, found in reach.items()}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles(file_graph(PACKAGE)) == []
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
+    package = tmp_path / "cn_hf"
+    (package / "hub").mkdir(parents=True)
+    (package / "hub" / "a.py").write_text("from cn_hf.hub.b import f\n")
+    (package / "hub" / "b.py").write_text("def f():\n    from cn_hf.hub import c\n")
+    (package / "hub" / "c.py").write_text("import math\n")
+    assert circles(file_graph(package)) == []
+    (package / "hub" / "c.py").write_text("def f():\n    import cn_hf.hub.a\n")
+    assert circles(file_graph(package)) == [["cn_hf.hub.a", "cn_hf.hub.b", "cn_hf.hub.c"]]
 
 
 def test_every_part_of_the_house_is_seen() -> None:

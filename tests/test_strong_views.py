@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cn_hf.data.augment import InTurn, build_augmentation
-from cn_hf.data.neighbours import Neighbours
-from cn_hf.data.randaugment import RandAugment
-from cn_hf.data.random_convolution import RandomConvolution
 from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.recipes.adamatch.neighbours import Neighbours
+from cn_hf.recipes.adamatch.randaugment import RandAugment
+from cn_hf.recipes.adamatch.random_convolution import RandomConvolution
 
 POOL = torch.rand(7, 3, 12, 14)
 AUGMENTS: dict[str, Callable[[], Any]] = {

@@ -28,8 +28,8 @@ from cn_hf.experiments.cells import plan_cells
 from cn_hf.experiments.runner import reproduce_experiment
 from cn_hf.experiments.sources import DATASETS
 from cn_hf.experiments.spec import read_experiment
-from cn_hf.training.adamatch_config import AdaMatchConfig
-from cn_hf.training.adamatch_data import UNLABELLED, TwoViewBatches, load_adamatch_data
+from cn_hf.recipes.adamatch.config import AdaMatchConfig
+from cn_hf.recipes.adamatch.data import UNLABELLED, TwoViewBatches, load_adamatch_data
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_adamatch.py"
 LIGHT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -211,7 +211,7 @@ def test_classes_must_be_the_same_in_both_domains(day: Path, make_folder: MakeFo
 
 
 def test_an_empty_domain_is_named(day: Path, night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cn_hf.training.adamatch_data as module
+    import cn_hf.recipes.adamatch.data as module
 
     original = module.load_data
 
@@ -231,7 +231,7 @@ def test_an_empty_domain_is_named(day: Path, night: Path, monkeypatch: pytest.Mo
 def test_a_domain_without_validation_images_is_named(
     day: Path, night: Path, monkeypatch: pytest.MonkeyPatch, only: int, missing: str
 ) -> None:
-    import cn_hf.training.adamatch_data as module
+    import cn_hf.recipes.adamatch.data as module
 
     original = module.load_data
 

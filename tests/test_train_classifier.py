@@ -20,7 +20,7 @@ from PIL import Image
 import cn_hf
 import cn_hf.models
 from cn_hf.errors import ConfigError
-from cn_hf.training.classifier import train_classifier
+from cn_hf.recipes.classifier.run import train_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import create_network
 

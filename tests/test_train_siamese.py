@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 import cn_hf
 from cn_hf.errors import CnHfError, ConfigError, ContextIdError, DatasetError
 from cn_hf.patching.restyle import restyle
+from cn_hf.recipes.siamese.config import SiameseConfig
+from cn_hf.recipes.siamese.networks import SiameseRun
+from cn_hf.recipes.siamese.run import train_siamese
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.siamese import SiameseRun, train_siamese
-from cn_hf.training.siamese_config import SiameseConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_siamese.py"
 LIGHT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -155,7 +156,7 @@ def test_new_objects_brightness_and_views(tmp_path: Path) -> None:
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "open")
     run = trained(config_of(str(tmp_path / "open"), contexts="brightness", epochs=1))
     assert len(run.data.identities) == 7
-    from cn_hf.training.siamese_results import summary
+    from cn_hf.recipes.siamese.results import summary
 
     assert "0 of the 3 identities of test are also in train (new objects; images differ)" in summary(run)
     views = trained(config_of(str(tmp_path / "open"), identity_column="none", epochs=1, test_split="none"))

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cn_hf.contexts.access import CONTEXT_COLUMN
     from cn_hf.contexts.base import ContextSource
     from cn_hf.contexts.clusters import ClusterContexts
     from cn_hf.contexts.column import ColumnContexts
-    from cn_hf.contexts.corrupt import drop_corrupt_images
     from cn_hf.contexts.origin import OriginContexts
     from cn_hf.contexts.rules import BrightnessContexts, RuleContexts
+    from cn_hf.reading.access import CONTEXT_COLUMN
+    from cn_hf.reading.corrupt import drop_corrupt_images
 
 __all__ = [
     "CONTEXT_COLUMN",
@@ -25,22 +25,22 @@ __all__ = [
     "drop_corrupt_images",
 ]
 
-_MODULES = {
-    "CONTEXT_COLUMN": "access",
-    "BrightnessContexts": "rules",
-    "ClusterContexts": "clusters",
-    "ColumnContexts": "column",
-    "ContextSource": "base",
-    "OriginContexts": "origin",
-    "RuleContexts": "rules",
-    "drop_corrupt_images": "corrupt",
+_HOMES = {
+    "CONTEXT_COLUMN": "cn_hf.reading.access",
+    "BrightnessContexts": "cn_hf.contexts.rules",
+    "ClusterContexts": "cn_hf.contexts.clusters",
+    "ColumnContexts": "cn_hf.contexts.column",
+    "ContextSource": "cn_hf.contexts.base",
+    "OriginContexts": "cn_hf.contexts.origin",
+    "RuleContexts": "cn_hf.contexts.rules",
+    "drop_corrupt_images": "cn_hf.reading.corrupt",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cn_hf.contexts.access import (
+from cn_hf.contexts.storage import CONFIG_FILE, read_source, write_source
+from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, nearest
+from cn_hf.reading.access import (
     CONTEXT_COLUMN,
     DatasetLike,
     Split,
@@ -32,8 +34,6 @@ from cn_hf.contexts.access import (
     training_split,
     with_context_ids,
 )
-from cn_hf.contexts.storage import CONFIG_FILE, read_source, write_source
-from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -19,7 +19,9 @@ import numpy.typing as npt
 import PIL.ExifTags
 import PIL.Image
 
-from cn_hf.contexts.access import (
+from cn_hf.contexts.column import Categories
+from cn_hf.errors import DatasetError
+from cn_hf.reading.access import (
     CONTEXT_COLUMN,
     Split,
     check_columns,
@@ -29,9 +31,7 @@ from cn_hf.contexts.access import (
     raw_features,
     with_features,
 )
-from cn_hf.contexts.column import Categories
-from cn_hf.contexts.images import DECODE_ERRORS, decode_rows, find_image_column, open_image, to_image, unreadable
-from cn_hf.errors import DatasetError
+from cn_hf.reading.images import DECODE_ERRORS, decode_rows, find_image_column, open_image, to_image, unreadable
 
 __all__ = ["Blend", "Origin", "blended_label_column", "first_image_size", "unify"]
 

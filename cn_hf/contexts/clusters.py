@@ -21,7 +21,6 @@ import datasets
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.access import DatasetLike, Split, training_split, warn_of_test_split
 from cn_hf.contexts.base import check_names
 from cn_hf.contexts.embedding import describe, embed, probe
 from cn_hf.contexts.estimators import Clustering, Stopping, assign, cluster, sizes_of
@@ -32,6 +31,7 @@ from cn_hf.contexts.row_store import RowStore
 from cn_hf.contexts.shared_rows import SharedRows
 from cn_hf.contexts.training_vectors import collect, divide_by_deviation
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, nearest
+from cn_hf.reading.access import DatasetLike, Split, training_split, warn_of_test_split
 
 if TYPE_CHECKING:
     from typing_extensions import Self

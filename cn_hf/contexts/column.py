@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cn_hf.contexts.access import (
+from cn_hf.contexts.base import RowContextSource, check_names
+from cn_hf.errors import ConfigError, DatasetError, nearest
+from cn_hf.reading.access import (
     DatasetLike,
     Split,
     check_columns,
@@ -26,8 +28,6 @@ from cn_hf.contexts.access import (
     is_split_dict,
     raw_batches,
 )
-from cn_hf.contexts.base import RowContextSource, check_names
-from cn_hf.errors import ConfigError, DatasetError, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -19,9 +19,11 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.access import Split, warn_of_test_split
 from cn_hf.contexts.base import RowContextSource
-from cn_hf.contexts.images import (
+from cn_hf.contexts.processes import ALONE, Processes
+from cn_hf.errors import ConfigError, ContextSourceError, InputTypeError
+from cn_hf.reading.access import Split, warn_of_test_split
+from cn_hf.reading.images import (
     Array,
     DecodedBatch,
     check_image_options,
@@ -33,8 +35,6 @@ from cn_hf.contexts.images import (
     to_array,
     to_image,
 )
-from cn_hf.contexts.processes import ALONE, Processes
-from cn_hf.errors import ConfigError, ContextSourceError, InputTypeError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -24,7 +24,19 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from torch import Tensor
 
-from cn_hf.contexts.access import (
+from cn_hf.contexts.base import ContextSource, check_names
+from cn_hf.contexts.blending import Blend, Origin, blended_label_column, first_image_size, unify
+from cn_hf.contexts.column import Categories
+from cn_hf.errors import (
+    CheckpointError,
+    CnHfError,
+    ConfigError,
+    ContextSourceError,
+    DatasetError,
+    InputTypeError,
+    nearest,
+)
+from cn_hf.reading.access import (
     CONTEXT_COLUMN,
     DatasetLike,
     Split,
@@ -35,19 +47,7 @@ from cn_hf.contexts.access import (
     map_splits,
     training_split,
 )
-from cn_hf.contexts.base import ContextSource, check_names
-from cn_hf.contexts.blending import Blend, Origin, blended_label_column, first_image_size, unify
-from cn_hf.contexts.column import Categories
-from cn_hf.contexts.images import check_image_options, find_image_column
-from cn_hf.errors import (
-    CheckpointError,
-    CnHfError,
-    ConfigError,
-    ContextSourceError,
-    DatasetError,
-    InputTypeError,
-    nearest,
-)
+from cn_hf.reading.images import check_image_options, find_image_column
 
 if TYPE_CHECKING:
     from typing_extensions import Self

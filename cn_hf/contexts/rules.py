@@ -19,7 +19,8 @@ from torch import Tensor
 from cn_hf.contexts.base import RowContextSource, check_names
 from cn_hf.contexts.embedding import describe
 from cn_hf.contexts.image_source import ImageContextSource, PixelChunk, in_mode, to_pil
-from cn_hf.contexts.images import (
+from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, InputTypeError, nearest
+from cn_hf.reading.images import (
     check_image_options,
     decode_rows,
     find_image_column,
@@ -27,7 +28,6 @@ from cn_hf.contexts.images import (
     open_image,
     to_image,
 )
-from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, InputTypeError, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self

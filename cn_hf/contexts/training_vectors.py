@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cn_hf.contexts.image_source import PixelChunk
-from cn_hf.contexts.images import size_mismatch
 from cn_hf.contexts.processes import Processes
 from cn_hf.contexts.row_store import RowStore
 from cn_hf.contexts.shared_rows import SharedRows
 from cn_hf.errors import ContextSourceError, DatasetError
+from cn_hf.reading.images import size_mismatch
 
 __all__ = ["Seen", "collect", "divide_by_deviation"]
 

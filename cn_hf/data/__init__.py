@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cn_hf.data.augment import Augmentation, AugmentationConfig, build_augmentation
     from cn_hf.data.batches import Batches, DeviceBatches
-    from cn_hf.data.images import DecodedImages, decode_images, image_shape
-    from cn_hf.data.loading import (
+    from cn_hf.data.mixing import Mixing, MixingConfig
+    from cn_hf.data.order import process_slice
+    from cn_hf.data.prepare import PreparedData, prepare_data
+    from cn_hf.data.streaming import StreamedBatches
+    from cn_hf.reading.decoded import DecodedImages, decode_images, image_shape
+    from cn_hf.reading.loading import (
         find_image_column,
         find_label_column,
         label_names,
@@ -21,11 +25,7 @@ if TYPE_CHECKING:
         read_labels,
         take_shuffled,
     )
-    from cn_hf.data.mixing import Mixing, MixingConfig
-    from cn_hf.data.order import process_slice
-    from cn_hf.data.prepare import PreparedData, prepare_data
-    from cn_hf.data.statistics import channel_statistics
-    from cn_hf.data.streaming import StreamedBatches
+    from cn_hf.reading.statistics import channel_statistics
 
 __all__ = [
     "Augmentation",
@@ -52,11 +52,15 @@ __all__ = [
     "take_shuffled",
 ]
 
-_MODULES = {
-    "augment": ("Augmentation", "AugmentationConfig", "build_augmentation"),
-    "batches": ("Batches", "DeviceBatches"),
-    "images": ("DecodedImages", "decode_images", "image_shape"),
-    "loading": (
+_HOMES = {
+    "cn_hf.data.augment": ("Augmentation", "AugmentationConfig", "build_augmentation"),
+    "cn_hf.data.batches": ("Batches", "DeviceBatches"),
+    "cn_hf.data.mixing": ("Mixing", "MixingConfig"),
+    "cn_hf.data.order": ("process_slice",),
+    "cn_hf.data.prepare": ("PreparedData", "prepare_data"),
+    "cn_hf.data.streaming": ("StreamedBatches",),
+    "cn_hf.reading.decoded": ("DecodedImages", "decode_images", "image_shape"),
+    "cn_hf.reading.loading": (
         "find_image_column",
         "find_label_column",
         "label_names",
@@ -65,19 +69,15 @@ _MODULES = {
         "read_labels",
         "take_shuffled",
     ),
-    "mixing": ("Mixing", "MixingConfig"),
-    "order": ("process_slice",),
-    "prepare": ("PreparedData", "prepare_data"),
-    "statistics": ("channel_statistics",),
-    "streaming": ("StreamedBatches",),
+    "cn_hf.reading.statistics": ("channel_statistics",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from cn_hf.data.augment import Augment
-from cn_hf.data.fingerprint import tensors_fingerprint
 from cn_hf.data.mixing import Mixing
 from cn_hf.data.order import balanced_order, epoch_order, process_slice, stream_seed
 from cn_hf.errors import ConfigError, DatasetError, InputShapeError, InputTypeError
+from cn_hf.reading.fingerprint import tensors_fingerprint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,12 +14,15 @@ import datasets
 import torch
 
 from cn_hf.contexts import CONTEXT_COLUMN, ContextSource, drop_corrupt_images
-from cn_hf.contexts.access import features_of
-from cn_hf.contexts.images import iter_decoded, stack_arrays
 from cn_hf.data.augment import Augmentation
 from cn_hf.data.batches import Batches, BatchOptions, DeviceBatches
-from cn_hf.data.images import DecodedImages, OnError, check_on_error, decode_images, image_shape
-from cn_hf.data.loading import (
+from cn_hf.data.mixing import Mixing, MixingConfig
+from cn_hf.data.streaming import StreamedBatches
+from cn_hf.errors import ConfigError, DatasetError, nearest
+from cn_hf.reading.access import features_of
+from cn_hf.reading.decoded import DecodedImages, OnError, check_on_error, decode_images, image_shape
+from cn_hf.reading.images import iter_decoded, stack_arrays
+from cn_hf.reading.loading import (
     find_image_column,
     find_label_column,
     label_names,
@@ -27,10 +30,7 @@ from cn_hf.data.loading import (
     read_labels,
     take_shuffled,
 )
-from cn_hf.data.mixing import Mixing, MixingConfig
-from cn_hf.data.statistics import ChannelSums
-from cn_hf.data.streaming import StreamedBatches
-from cn_hf.errors import ConfigError, DatasetError, nearest
+from cn_hf.reading.statistics import ChannelSums
 
 __all__ = ["PreparedData", "prepare_data"]
 

@@ -20,12 +20,14 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from cn_hf.contexts.access import CONTEXT_COLUMN, features_of, raw_batches, raw_features, with_features
-from cn_hf.contexts.images import check_image_options, decode_image, stack_arrays, unreadable
 from cn_hf.data.batches import Batch, Batches, BatchOptions, check_balanceable
-from cn_hf.data.fingerprint import dataset_fingerprint, stream_fingerprint
-from cn_hf.data.images import OnError, check_on_error, image_shape
-from cn_hf.data.loading import (
+from cn_hf.data.order import stream_seed
+from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError
+from cn_hf.reading.access import CONTEXT_COLUMN, features_of, raw_batches, raw_features, with_features
+from cn_hf.reading.decoded import OnError, check_on_error, image_shape
+from cn_hf.reading.fingerprint import dataset_fingerprint, stream_fingerprint
+from cn_hf.reading.images import check_image_options, decode_image, stack_arrays, unreadable
+from cn_hf.reading.loading import (
     check_context_feature,
     check_labels,
     find_image_column,
@@ -33,9 +35,7 @@ from cn_hf.data.loading import (
     label_names,
     read_context_ids,
 )
-from cn_hf.data.order import stream_seed
-from cn_hf.data.workers import iterate
-from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError
+from cn_hf.reading.workers import iterate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

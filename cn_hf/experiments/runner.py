@@ -25,10 +25,10 @@ from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, r
 from cn_hf.experiments.report import check_report, write_report
 from cn_hf.experiments.sources import check_datasets, find_datasets
 from cn_hf.experiments.spec import read_experiment
-from cn_hf.training.adamatch_config import AdaMatchConfig
-from cn_hf.training.adamatch_data import load_adamatch_data
-from cn_hf.training.adamatch_run import train_adamatch
-from cn_hf.training.classifier import train_classifier
+from cn_hf.recipes.adamatch.config import AdaMatchConfig
+from cn_hf.recipes.adamatch.data import load_adamatch_data
+from cn_hf.recipes.adamatch.run import train_adamatch
+from cn_hf.recipes.classifier.run import train_classifier
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.run_folder import CHECKPOINTS
 from cn_hf.training.sources import data_options, load_data

@@ -178,7 +178,7 @@ class Experiment:
 def config_class(trainer: str) -> type[TrainingConfig]:
     """The class of a cell's config."""
     if trainer == "adamatch":
-        from cn_hf.training.adamatch_config import AdaMatchConfig
+        from cn_hf.recipes.adamatch.config import AdaMatchConfig
 
         return AdaMatchConfig
     from cn_hf.training.config import TrainingConfig

@@ -13,11 +13,11 @@ import PIL.Image
 import torch
 from torch import nn
 
-from cn_hf.contexts.images import DECODE_ERRORS
 from cn_hf.errors import ConfigError, DatasetFileError, nearest
 from cn_hf.hub.preprocessing import label_names_of, to_pixels
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import router_of
+from cn_hf.reading.images import DECODE_ERRORS
 
 __all__ = ["Prediction", "context_names", "open_images", "predict", "prediction_lines"]
 

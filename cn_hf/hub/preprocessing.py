@@ -18,9 +18,9 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from cn_hf.contexts.images import to_array
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.patching.routing import router_of
+from cn_hf.reading.images import to_array
 
 __all__ = [
     "input_size_of",

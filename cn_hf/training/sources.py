@@ -42,9 +42,9 @@ from cn_hf.data import (
     load_splits,
     prepare_data,
 )
-from cn_hf.data.images import image_shape
-from cn_hf.data.loading import read_context_ids, read_labels
 from cn_hf.errors import ConfigError, DatasetError, nearest
+from cn_hf.reading.decoded import image_shape
+from cn_hf.reading.loading import read_context_ids, read_labels
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import published_normalization
 

@@ -1,0 +1,1 @@
+"""The uses of the training loop, a folder each: classifier, adamatch, siamese, demo."""

@@ -1,0 +1,1 @@
+"""Train a classifier with contexts, beside a baseline without, and evaluate it honestly."""
