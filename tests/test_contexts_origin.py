@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cn_hf.contexts import ContextSource, OriginContexts
+from cn_hf.data import find_label_column
 from cn_hf.errors import (
     CheckpointError,
     ConfigError,
@@ -144,14 +145,43 @@ def test_label_columns_are_found_or_said():
     said = OriginContexts(both(), "offset", label_columns={"animals": "coarse_label"})
     assert said.class_names == ("insect", "mammal", "0", "1")
     odd = {"a": animals([0]).rename_column("fine_label", "species"), "b": digits([0])}
-    with pytest.raises(DatasetError, match=r"Dataset 'a': .*\['species', 'coarse_label'\].*label_columns="):
+    with pytest.raises(DatasetError, match=r"Dataset 'a': .*'species' .*'coarse_label' .*label_columns="):
         OriginContexts(odd, "offset")
     with pytest.raises(DatasetError, match=r"Dataset 'animals': No column 'fine_labl'.*did you mean 'fine_label'"):
         OriginContexts(both(), "offset", label_columns={"animals": "fine_labl"})
     with pytest.raises(ContextSourceError, match="Unknown origin 'animal'; did you mean 'animals'"):
         OriginContexts(both(), "offset", label_columns={"animal": "fine_label"})
-    with pytest.raises(DatasetError, match=r"Dataset 'b': .*no column of labels"):
+    with pytest.raises(DatasetError, match=r"Dataset 'b': no column of class labels"):
         OriginContexts({"a": digits([0]), "b": digits([0]).remove_columns("label")}, "offset")
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"coarse_label": "class", "fine_label": "class"},
+        {"labels": "class", "label": "class"},
+        {"fine_label": "int64", "kind": "class"},
+        {"fine_label": "string", "kind": "class"},
+        {"a": "class", "b": "class"},
+        {"size": "int64"},
+    ],
+)
+def test_blends_and_training_find_the_same_label_column(kinds):
+    label = datasets.ClassLabel(names=["x", "y"])
+    features = {name: label if kind == "class" else datasets.Value(kind) for name, kind in kinds.items()}
+    row = {name: ["x" if kind == "string" else 0] for name, kind in kinds.items()}
+    data = datasets.Dataset.from_dict(
+        {"image": [picture(4, 4)], **row}, features=datasets.Features({"image": datasets.Image(), **features})
+    )
+
+    def outcome(find):
+        try:
+            return find()
+        except DatasetError as error:
+            return str(error).removeprefix("Dataset 'a': ")
+
+    blended = outcome(lambda: OriginContexts({"a": data}, "offset")._origins[0].label_column)
+    assert blended == outcome(lambda: find_label_column(data))
 
 
 def test_columns_of_files_and_of_memory_together(tmp_path):

@@ -244,10 +244,11 @@ def test_label_column() -> None:
     assert find_label_column(columns(size=Value("int64"), x=Image()), "size") == "size"
     assert find_label_column(columns(domain=label, label=Value("int64"))) == "label"
     assert find_label_column(columns(label=Value("string"), kind=label)) == "kind"
-    with pytest.raises(DatasetError, match=r"'fine_label' .2 classes., 'coarse_label' .2 classes.; name the"):
-        find_label_column(columns(img=Image(), fine_label=label, coarse_label=label))
-    with pytest.raises(DatasetError, match=r"'label' .2 classes., 'labels' .2 classes."):
-        find_label_column(columns(label=label, labels=label))
+    assert find_label_column(columns(img=Image(), coarse_label=label, fine_label=label)) == "fine_label"
+    assert find_label_column(columns(fine_label=label, labels=label)) == "labels"
+    assert find_label_column(columns(labels=label, label=label)) == "label"
+    with pytest.raises(DatasetError, match=r"'fine' .2 classes., 'coarse_label' .2 classes.; name the"):
+        find_label_column(columns(img=Image(), fine=label, coarse_label=label))
     with pytest.raises(DatasetError, match="no column of class labels"):
         find_label_column(columns(img=Image(), size=Value("int64")))
     with pytest.raises(DatasetError, match="class_encode_column"):
@@ -287,7 +288,7 @@ def test_labels_follow_a_selection() -> None:
 
 REAL = {
     "cifar10": ("img", "label", 10, (50_000, 10_000), (3, 32, 32)),
-    "cifar100": ("img", None, None, (50_000, 10_000), (3, 32, 32)),
+    "cifar100": ("img", "fine_label", 100, (50_000, 10_000), (3, 32, 32)),
     "mnist": ("image", "label", 10, (60_000, 10_000), (3, 28, 28)),
     "svhn": ("image", "label", 10, None, (3, 32, 32)),
 }
@@ -301,14 +302,7 @@ def test_columns_of_real_folders_are_found(shared_data: Path, tmp_path: Path, na
     image_column, label_column, num_classes, lengths, size = REAL[name]
     splits = load_splits(shared_data / name, streaming=streaming, cache_dir=tmp_path)
     assert find_image_column(splits) == image_column
-    if label_column is None:
-        with pytest.raises(
-            DatasetError,
-            match=r"2 columns.*'fine_label' .100 classes., 'coarse_label' .20 classes.*label_column='fine_label'",
-        ):
-            find_label_column(splits)
-        label_column, num_classes = "coarse_label", 20
-    assert find_label_column(splits, label_column) == label_column
+    assert find_label_column(splits) == label_column
     if lengths is not None and not streaming:
         assert (len(splits["train"]), len(splits["test"])) == lengths
     few = {key: split.take(200) for key, split in splits.items()}

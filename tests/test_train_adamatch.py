@@ -147,7 +147,7 @@ def test_a_target_without_labels_is_adapted_to_and_not_evaluated(day: Path, nigh
     assert isinstance(data.test, DeviceBatches)
     assert data.test.context_ids is not None
     assert data.test.context_ids.tolist() == [0] * 12
-    with pytest.raises(DatasetError, match="'unlabelled': The dataset has no column of labels"):
+    with pytest.raises(DatasetError, match="'unlabelled': no column of class labels"):
         load(config_of(day, unlabelled, setting="ssda", labels_per_class=2))
 
 

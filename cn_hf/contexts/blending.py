@@ -20,7 +20,6 @@ import PIL.ExifTags
 import PIL.Image
 
 from cn_hf.contexts.column import Categories
-from cn_hf.errors import DatasetError
 from cn_hf.reading.access import (
     CONTEXT_COLUMN,
     Split,
@@ -32,10 +31,10 @@ from cn_hf.reading.access import (
     with_features,
 )
 from cn_hf.reading.images import DECODE_ERRORS, decode_rows, find_image_column, open_image, to_image, unreadable
+from cn_hf.reading.loading import LABEL_NAMES, find_label_column, label_columns
 
 __all__ = ["Blend", "Origin", "blended_label_column", "first_image_size", "unify"]
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")  # where several columns are class labels, the first of these is meant
 UNLABELLED = -1
 
 
@@ -77,23 +76,16 @@ class Origin:
 
 
 def blended_label_column(features: Mapping[str, Any], label_column: str | None = None) -> str:
-    """The column of class labels: the one named, else ``label``, ``labels`` or ``fine_label``, else the only one.
+    """The column of class labels: the one named, or what ``find_label_column`` finds; else strings of a usual name.
 
     Raises:
-        DatasetError: no such column, none at all, or several and none of those names.
+        DatasetError: no such column, none at all, or several to choose from.
     """
-    if label_column is not None:
-        check_columns(features, [label_column])
-        return label_column
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    classes = [name for name in classes if name != CONTEXT_COLUMN]
-    for name in LABEL_COLUMNS:
-        if name in classes or (not classes and name in features):
-            return name
-    if len(classes) == 1:
-        return classes[0]
-    found = f"several columns of class labels: {classes}" if classes else f"no column of labels among {list(features)}"
-    raise DatasetError(f"The dataset has {found}. Name the one meant: label_columns={{origin: column}}.")
+    if label_column is None:
+        strings = [name for name in LABEL_NAMES if name in features and not label_columns(features)]
+        return strings[0] if strings else find_label_column(features)
+    check_columns(features, [label_column])
+    return label_column
 
 
 def first_image_size(split: Split, image_column: str | None) -> tuple[int, int] | None:

@@ -66,8 +66,7 @@ class OriginContexts(ContextSource):
             by split), or all streams of either kind.
         labels: ``"offset"``, ``"shared"`` or ``"none"``; see the module. Required.
         image_columns: image column by origin; those not named are found by their feature.
-        label_columns: label column by origin; of those not named ``label``, ``labels`` or ``fine_label``, or the only
-            ``ClassLabel``.
+        label_columns: label column by origin; those not named are found as ``cn_hf.data.find_label_column`` finds them.
         image_column: its name in the blend.
         label_column: its name in the blend.
         image_mode: ``"RGB"`` or ``"L"``, of all images.

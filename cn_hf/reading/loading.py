@@ -40,8 +40,8 @@ __all__ = [
 AnyDataset: TypeAlias = Any
 AnySplits: TypeAlias = Any
 
-# Names that say which of several columns is meant.
-LABEL_NAMES = ("label", "labels")
+# Names that say which of several columns is meant: the first of them that holds labels.
+LABEL_NAMES = ("label", "labels", "fine_label")
 
 
 def load_splits(
@@ -131,8 +131,12 @@ def find_image_column(dataset: AnyDataset, column: str | None = None) -> str:
 def find_label_column(dataset: AnyDataset, column: str | None = None) -> str:
     """The column that holds class labels, or ``column`` once it is known to hold them.
 
-    A column called ``label`` or ``labels`` that holds ``ClassLabel`` or integers is taken; without one, the only
-    ``ClassLabel`` column besides ``context_ids``.
+    The first of ``label``, ``labels`` and ``fine_label`` that holds ``ClassLabel`` or integers is taken; without one,
+    the only ``ClassLabel`` column besides ``context_ids``.
+
+    Args:
+        dataset: A dataset, a dict of splits, or their features.
+        column: Its name, where the caller knows it.
 
     Raises:
         DatasetError: No such column, no labels in it, none at all, or several to choose from.
@@ -147,17 +151,16 @@ def find_label_column(dataset: AnyDataset, column: str | None = None) -> str:
                 f"dataset.class_encode_column({column!r}) numbers them"
             )
         return column
-    labels = label_columns(dataset)
-    if len(labels) == 1:
-        return labels[0]
+    labels = label_columns(features)
     if not labels:
         raise DatasetError(f"no column of class labels; the columns are {_described(features)}")
-    classes = [key for key in labels if isinstance(features[key], datasets.ClassLabel)]
-    counted = [f"{key!r} ({features[key].num_classes} classes)" if key in classes else repr(key) for key in labels]
-    raise DatasetError(
-        f"{len(labels)} columns hold class labels: {', '.join(counted)}; name the one to be learnt, for example "
-        f"label_column={labels[0]!r}"
-    )
+    if len(labels) > 1:
+        counted = [f"{key!r} ({features[key].num_classes} classes)" for key in labels]
+        raise DatasetError(
+            f"{len(labels)} columns hold class labels: {', '.join(counted)}; name the one to be learnt, for example "
+            f"label_column={labels[0]!r} (label_columns={{origin: {labels[0]!r}}} where origins are blended)"
+        )
+    return labels[0]
 
 
 def label_columns(dataset: AnyDataset) -> list[str]:
@@ -165,7 +168,7 @@ def label_columns(dataset: AnyDataset) -> list[str]:
     features = _features(dataset)
     usual = [key for key in LABEL_NAMES if key in features and _is_label(features[key])]
     classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    return usual or [key for key in classes if key != CONTEXT_COLUMN]
+    return usual[:1] or [key for key in classes if key != CONTEXT_COLUMN]
 
 
 def label_names(dataset: AnyDataset, column: str) -> tuple[str, ...] | None:
@@ -368,6 +371,8 @@ def _stratification(dataset: AnyDataset, label_column: str | None, count: int) -
 
 
 def _features(dataset: AnyDataset) -> Any:
+    if isinstance(dataset, datasets.Features):
+        return dataset
     if isinstance(dataset, dict):
         if not dataset:
             raise DatasetError("the dataset has no splits")
