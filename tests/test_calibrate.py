@@ -29,6 +29,8 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf import CnHfError, ContextIdError, PatchError
 
+pytestmark = pytest.mark.filterwarnings("ignore:The second part of a batch")
+
 FORMS = [(p, a) for p in ("embedder", "table") for a in ("softplus", "exp")]
 
 
@@ -273,7 +275,7 @@ def test_no_warning_where_every_context_is_there() -> None:
     model = cn_hf.patch_model(vit())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cn_hf.calibrate(model, split(*data(3), [10, 14]))
+        cn_hf.calibrate(model, split(*data(3), [10, 14]), contexts="pair")
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, -1e4])
@@ -418,26 +420,25 @@ def test_calibration_leaves_no_trace() -> None:
         model(x)
 
 
-def test_batches_are_not_all_held_in_memory() -> None:
-    import weakref
+def test_images_are_read_once_and_no_more_than_needed() -> None:
+    reads = 0
 
-    alive: list[Any] = []
-    most = 0
-
-    class Streamed:
+    class Loader:
         def __iter__(self) -> Iterator[Any]:
-            nonlocal most
-            for step in range(6):
+            nonlocal reads
+            for step in range(10):
+                reads += 1
                 x, ids = data(3, 2)
-                x = x + step
-                alive.append(weakref.ref(x))
-                most = max(most, sum(reference() is not None for reference in alive))
-                yield x, ids
-                del x
+                yield x + step, ids
 
-    model = cn_hf.patch_model(nn.Sequential(nn.Conv2d(3, 4, 3), settle(nn.BatchNorm2d(4))).eval(), "cn-channels")
-    cn_hf.calibrate(model, Streamed())
-    assert most <= 3
+    model = cn_hf.patch_model(vit(), "cn-patches")
+    cn_hf.calibrate(model, Loader(), max_images=7)
+    assert reads == 4
+    first = [(data(3, 2)[0] + step, data(3, 2)[1]) for step in range(4)]
+    x, ids = torch.cat([x for x, _ in first]), torch.cat([ids for _, ids in first])
+    kept = torch.cat([(ids == context).nonzero().flatten()[:7] for context in range(3)])
+    other = cn_hf.calibrate(cn_hf.patch_model(vit(), "cn-patches"), [(x[kept], ids[kept])])
+    torch.testing.assert_close(model(x, context_ids=ids), other(x, context_ids=ids), atol=1e-4, rtol=1e-4)
 
 
 def test_a_norm_in_two_places_is_calibrated_on_both() -> None:

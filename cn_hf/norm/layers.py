@@ -273,7 +273,8 @@ class ContextNorm(FeatureNorm):
         var = F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
         return as_dtype(mean, result), as_dtype(var, result)
 
-    def _inverse_activation(self, var: Tensor) -> Tensor:
+    def inverse_activation(self, var: Tensor) -> Tensor:
+        """Return what the variance activation turns into ``var``."""
         var = var.clamp_min(1e-30)
         if self.variance_activation == "exp":
             return var.log()
@@ -304,7 +305,7 @@ class ContextNorm(FeatureNorm):
         mean, var = mean.double().cpu(), var.double().cpu()
         if not bool((mean.isfinite() & var.isfinite() & (var >= 0)).all()):
             raise ConfigError("Statistics must be finite and variances not negative; received some that are not.")
-        raw = self._inverse_activation(var)
+        raw = self.inverse_activation(var)
         if self.parametrization == "table":
             self.mean_table.copy_(mean.expand(self.mean_table.shape))
             self.var_table.copy_(raw.expand(self.var_table.shape))

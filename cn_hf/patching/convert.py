@@ -197,16 +197,18 @@ class Slot(Swapped):
 
     def _context_ids(self, x: Tensor) -> Tensor | None:
         check_features(self.normalizer, x)  # one channel would broadcast to all
-        ids = self.router.ids_for(x)
-        if self.router.observer is not None:
-            self.router.observer(self, x, ids)
-        return ids
+        return self.router.ids_for(x)
 
     def _normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         if self.near_sequence_first and self.router.is_sequence_first(x):
-            x = x.transpose(0, 1)
-            return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias).transpose(0, 1)
-        return self.normalizer.normalize(x, self._context_ids(x), weight=weight, bias=bias)
+            return self._by_context(x.transpose(0, 1), weight, bias).transpose(0, 1)
+        return self._by_context(x, weight, bias)
+
+    def _by_context(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        ids = self._context_ids(x)
+        if self.router.observer is not None:
+            return self.router.observer.normalize(self, x, ids, weight, bias)
+        return self.normalizer.normalize(x, ids, weight=weight, bias=bias)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Refuse what conversions of batch norms would put in the normalizer's place."""
@@ -385,6 +387,7 @@ class ConvolutionInputSlot(InputSlot):
         one_function = (
             type(norm) is ContextNorm
             and not norm.affine
+            and self.router.observer is None
             and conv.padding_mode == "zeros"
             and "_conv_forward" not in conv.__dict__  # replaced by tools that pad in their own way
             and self.router.ids_for(x) is not None

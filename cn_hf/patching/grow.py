@@ -8,9 +8,9 @@ Shape legend: ``C`` features, ``T`` contexts, ``d`` embedding width, ``n`` new c
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -19,11 +19,21 @@ from torch import Tensor, nn
 from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm
 from cn_hf.norm.functional import context_rows
-from cn_hf.norm.ids import as_tensor
-from cn_hf.patching.calibrate import calibrate
+from cn_hf.norm.ids import resolve_context_ids
+from cn_hf.patching.batches import Batch, read_batches, read_images
+from cn_hf.patching.calibrate import (
+    check_names_to_images,
+    keep_moments,
+    measured_contexts,
+    stored_moments,
+    warn_of_few,
+)
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import Slot
+from cn_hf.patching.measure import calibrated_slots, rows_of
+from cn_hf.patching.moments import Rows, StoredMoments
 from cn_hf.patching.patch import context_parameters, own_slots
+from cn_hf.patching.reference import Reference, check_amounts, context_index, find_reference
 from cn_hf.patching.routing import router_of
 
 __all__ = ["add_contexts", "remove_contexts", "train_only_contexts"]
@@ -41,9 +51,12 @@ _ROWS = {
 
 def add_contexts(
     model: nn.Module,
-    names: str | Sequence[str] | int,
+    names: str | Sequence[str] | int | None = None,
     *,
-    start: str | int | Tensor | Iterable[Any] | None = None,
+    start: str | int | Tensor | Mapping[str, Any] | Iterable[Any] | None = None,
+    reference: Any = None,
+    prior: float = 4.0,
+    max_images: int = 512,
 ) -> nn.Module:
     """Give a patched model more contexts, in place, after those it has: ids ``T``, ``T + 1``, ...
 
@@ -54,34 +67,64 @@ def add_contexts(
     new optimizer. Grow before wrapping in DDP or FSDP.
 
     Args:
-        model: a patched model of a mode that is told contexts.
-        names: names of the new contexts; or how many, where the model's contexts have no names.
+        model: a patched model of a mode with contexts.
+        names: names of the new contexts; or how many, where the model's contexts have no names. None for the names in
+            ``start``.
         start: where the new contexts start from. None: the mean of all contexts' rows. The name or id of a context, or
-            weights ``(T,)`` or ``(1, T)``: that context's row, or the weighted mean. Batches as of ``calibrate``, with
-            new names or ids (samples of other contexts are passed over): the mean and variance of the slots' real
-            inputs. Then an embedder becomes ``n`` wider, so that it can hold the measured rows exactly.
+            weights ``(T,)`` or ``(1, T)``: that context's row, or the weighted mean. ``{name: images}``: measured on
+            unlabelled images, relative to the reference, as in ``calibrate``. Batches that carry contexts, as in
+            ``calibrate``, with new names or ids (samples of other contexts are passed over): the mean and variance of
+            the slots' real inputs. An embedder becomes one wider for each measured context, to hold the rows exactly.
+        reference: of measured contexts, as in ``calibrate``.
+        prior: of ``{name: images}``: how many images the reference counts for, as in ``calibrate``.
+        max_images: of each context, the first ones.
 
     Returns:
-        The same object. A context source that was attached is not any more, with a warning: it names too few contexts.
+        The same object. An attached context source is detached, with a warning, because it does not know the new
+        contexts.
 
     Raises:
         ConfigError: a name is taken; or names were given to a model without, or none to one with names.
         ContextIdError: there is no such context to start from, or a batch's ids are invalid.
+        DatasetError: there is no image of a name, or a pixel is NaN or infinite.
         InputTypeError: ``names`` or ``start`` is of another type.
-        PatchError: the model is not patched, or with a baseline. Whatever the error, the model is unchanged.
+        PatchError: the model is not patched, or with a baseline; or reference images are needed. Whatever the error,
+            the model is unchanged.
+
+    Example:
+        >>> import cn_hf, timm, torch
+        >>> model = timm.create_model("test_resnet").eval()
+        >>> model = cn_hf.patch_model(model, "cn-channels", context_names=["source"])
+        >>> model = cn_hf.add_contexts(model, start={"fog": torch.randn(16, 3, 64, 64) * 0.1 + 1})
     """
     config, norms = _contexts_of(model)
-    known = config.context_names
-    count, new_names = _new_names(names, known)
-    given = start is None or isinstance(start, (str, int, Tensor))
-    weights = _start(None if not given else cast(Any, start), config)
-    plan: Plan = [
-        (norm, {name: _with_rows(tensor, weights, count) for name, tensor in _rows_of(norm).items()}) for norm in norms
+    check_amounts(prior, max_images)
+    if isinstance(start, Mapping):
+        check_names_to_images(start)
+        names = _names_of(start, names)
+    elif names is None:
+        raise InputTypeError("Expected names of the new contexts, or start={name: images}; received neither.")
+    count, new_names = _new_names(names, config.context_names)
+    grown = _resized(
+        config,
+        norms,
+        config.num_contexts + count,
+        None if config.context_names is None else (*config.context_names, *new_names),
+    )
+    if start is None or isinstance(start, (str, int, Tensor)):
+        plan = _started(norms, _start(start, config), count)
+        moments = {name: stored.grown(count) for name, stored in router_of(model).moments.items()}
+        _commit(model, plan, grown, moments)
+        return model
+    measured = _measured_start(model, grown, count, start, reference, prior, max_images)
+    plan = _started(norms, measured.weights, count)
+    plan = [
+        (norm, _with_measured(norm, tensors, rows, measured.contexts))
+        for (norm, tensors), rows in zip(plan, measured.rows, strict=True)
     ]
-    grown = _resized(config, norms, config.num_contexts + count, None if known is None else (*known, *new_names))
-    if not given:
-        plan, grown = _calibrated(model, plan, grown, count, cast("Iterable[Any]", start))
-    _commit(model, plan, grown)
+    if grown.parametrization == "embedder" and grown.mode != "dsbn":
+        grown = grown.replace(embedding_dim=cast(int, _width(norms, grown)) + count)
+    _commit(model, plan, grown, measured.moments)
     return model
 
 
@@ -106,7 +149,7 @@ def remove_contexts(model: nn.Module, names: str | int | Sequence[str | int]) ->
     if not isinstance(names, (str, int, Sequence)):
         raise InputTypeError(f"names must be names or ids of contexts, received {names!r}.")
     chosen = [names] if isinstance(names, (str, int)) else list(names)
-    gone = {_index(name, config) for name in chosen}
+    gone = {context_index(name, config) for name in chosen}
     if len(gone) != len(chosen) or not gone:
         raise ConfigError(f"remove_contexts expects different contexts, at least one; received {chosen}.")
     left = [index for index in range(config.num_contexts) if index not in gone]
@@ -116,7 +159,8 @@ def remove_contexts(model: nn.Module, names: str | int | Sequence[str | int]) ->
         (norm, {name: tensor.detach()[torch.tensor(left)] for name, tensor in _rows_of(norm).items()}) for norm in norms
     ]
     kept = None if config.context_names is None else tuple(config.context_names[index] for index in left)
-    _commit(model, plan, _resized(config, norms, len(left), kept))
+    moments = {name: stored.select(left) for name, stored in router_of(model).moments.items()}
+    _commit(model, plan, _resized(config, norms, len(left), kept), moments)
     return model
 
 
@@ -182,12 +226,11 @@ def _new_names(names: str | Sequence[str] | int, known: tuple[str, ...] | None) 
     return len(chosen), chosen
 
 
-def _index(name: Any, config: ContextNormConfig) -> int:
-    """The id of one context, given by name or id."""
-    ids = as_tensor(name, config.context_names)
-    if ids.dim() or ids.is_floating_point() or not 0 <= int(ids) < config.num_contexts:
-        raise ContextIdError(f"Expected a context's name or an id in 0..{config.num_contexts - 1}, received {name!r}.")
-    return int(ids)
+def _names_of(start: Mapping[str, Any], names: Any) -> tuple[str, ...]:
+    given = tuple(start)
+    if names is not None and {names} if isinstance(names, str) else set(names or given) != set(given):
+        raise ConfigError(f"Expected the names of start, {list(given)}, received names={names!r}. Leave names out.")
+    return given
 
 
 def _start(start: str | int | Tensor | None, config: ContextNormConfig) -> int | Tensor:
@@ -195,7 +238,7 @@ def _start(start: str | int | Tensor | None, config: ContextNormConfig) -> int |
     if start is None:
         return torch.full((1, config.num_contexts), 1 / config.num_contexts, dtype=torch.float64)
     if not isinstance(start, Tensor) or not start.is_floating_point():
-        return _index(start.squeeze() if isinstance(start, Tensor) else start, config)
+        return context_index(start.squeeze() if isinstance(start, Tensor) else start, config)
     weights = start.detach().double().cpu().reshape(-1)
     if len(weights) != config.num_contexts or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-3:
         raise ContextIdError(
@@ -235,65 +278,121 @@ def _resized(
     return config.replace(num_contexts=num_contexts, context_names=names, embedding_dim=width)
 
 
-def _calibrated(
-    model: nn.Module, plan: Plan, grown: ContextNormConfig, count: int, batches: Iterable[Any]
-) -> tuple[Plan, ContextNormConfig]:
-    """The plan with the new contexts' rows measured, on a copy of the model whose normalizers are tables."""
-    if not isinstance(batches, Iterable):
-        raise InputTypeError(
-            "start must be a context's name, id or weights, or batches to calibrate on, received "
-            f"{type(batches).__name__}."
-        )
-    if grown.mode == "dsbn":
-        raise PatchError('mode="dsbn" measures its statistics in training: start from a context, not from batches.')
-    trial = copy.deepcopy(model)
-    for slot in _slots(trial):
-        slot.normalizer = _table_like(cast(ContextNorm, slot.normalizer), grown.num_contexts)
-    router_of(trial).config = grown
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about contexts without samples: those the model has need none
-        calibrate(trial, batches)
-    tables = [cast(ContextNorm, slot.normalizer) for slot in _slots(trial)]
-    absent = torch.stack([(table.mean_table[-count:, 0] == _UNSEEN).cpu() for table in tables]).all(dim=0)
-    if bool(absent.any()):
-        which = [grown.num_contexts - count + index for index in absent.nonzero().flatten().tolist()]
-        words = ", ".join(str(index) if grown.context_names is None else grown.context_names[index] for index in which)
-        raise PatchError(f"The batches to start from hold no sample of the new contexts {words}.")
-    measured = [
-        (norm, _measured(norm, tensors, table, count)) for (norm, tensors), table in zip(plan, tables, strict=True)
+@dataclass(frozen=True, slots=True)
+class _MeasuredStart:
+    """New contexts as measured.
+
+    Attributes:
+        weights: of the contexts whose affine maps (``"dsbn"``) the new ones take, ``(1, T)``.
+        rows: statistics ``(n, C)`` of each slot, in order.
+        contexts: ids of the new contexts.
+        moments: what is kept of the slots' inputs, for all contexts.
+    """
+
+    weights: int | Tensor
+    rows: list[Rows]
+    contexts: list[int]
+    moments: dict[str, StoredMoments]
+
+
+def _started(norms: list[Grown], start: int | Tensor, count: int) -> Plan:
+    return [
+        (norm, {name: _with_rows(tensor, start, count) for name, tensor in _rows_of(norm).items()}) for norm in norms
     ]
-    if grown.parametrization == "embedder":
-        grown = grown.replace(embedding_dim=cast(int, grown.embedding_dim) + count)
-    return measured, grown
 
 
-_UNSEEN = 2.0**100  # a mean no data has
+def _measured_start(
+    model: nn.Module,
+    grown: ContextNormConfig,
+    count: int,
+    start: Any,
+    reference: Any,
+    prior: float,
+    max_images: int,
+) -> _MeasuredStart:
+    router, slots = router_of(model), calibrated_slots(model)
+    new = list(range(grown.num_contexts - count, grown.num_contexts))
+    named = isinstance(start, Mapping)
+    if named:
+        images = {
+            context: read_images(value, f"of context {name!r}", max_images)
+            for context, (name, value) in zip(new, start.items(), strict=True)
+        }
+        warn_of_few({name: sum(b.size for b in images[c]) for c, name in zip(new, start, strict=True)}, prior)
+    else:
+        images = _new_images(start, grown, new, max_images)
+    relative = named or reference is not None
+    found = find_reference(model, reference, max_images) if relative else _mean_of_all(slots)
+    seen = measured_contexts(model, images, found if relative else None, prior if named else 0.0, like=found.weights)
+    if not seen:
+        raise PatchError("The images reached no slot: forward of this model calls none of its patched layers.")
+    rows = []
+    for name in slots:
+        parts = [seen[context][name][0].rows if name in seen[context] else found.rows[name] for context in new]
+        rows.append(Rows(*(torch.cat(values) for values in zip(*parts, strict=True))))
+    if not all(bool(part.isfinite().all()) for pair in rows for part in pair):
+        raise PatchError("Activations of the images are not finite: their context cannot be measured.")
+    moments = {name: kept.grown(count) for name, kept in stored_moments(router, slots).items()}
+    if relative:
+        found.keep_moments(moments)
+    for context in new:
+        keep_moments(moments, context, seen[context])
+    return _MeasuredStart(found.weights, rows, new, moments)
 
 
-def _table_like(norm: ContextNorm, num_contexts: int) -> ContextNorm:
-    """A table in the place of ``norm``; what it holds does not matter before it is measured."""
-    like = next(norm.parameters())
-    table = ContextNorm(
-        norm.num_features,
-        num_contexts,
-        feature_dim=norm.feature_dim,
-        parametrization="table",
-        variance_activation=norm.variance_activation,
-        eps=norm.eps,
-        affine=norm.affine,
-        device=like.device,
-        dtype=like.dtype,
+def _mean_of_all(slots: dict[str, Slot]) -> Reference:
+    rows = {name: rows_of(slot) for name, slot in slots.items()}
+    num_contexts = len(next(iter(rows.values())).mean)
+    weights = torch.full((1, num_contexts), 1 / num_contexts, dtype=torch.float64)
+    return Reference(weights, {name: row.weighted(weights) for name, row in rows.items()}, {}, 0)
+
+
+def _new_images(start: Any, grown: ContextNormConfig, new: list[int], max_images: int) -> dict[int, list[Batch]]:
+    """Read the samples of new contexts from batches that carry contexts."""
+    held = read_batches(
+        start,
+        num_contexts=grown.num_contexts,
+        resolve=lambda ids, size: resolve_context_ids(
+            ids,
+            num_contexts=grown.num_contexts,
+            batch_size=size,
+            device=torch.device("cpu"),
+            names=grown.context_names,
+        ),
+        names=grown.context_names,
+        max_images=max_images,
+        pairs_are_contexts=False,
+        wanted=new,
     )
-    table.weight, table.bias = norm.weight, norm.bias
-    nn.init.constant_(table.mean_table, _UNSEEN)
-    return table.eval()
+    if held.soft:
+        raise ContextIdError("New contexts are measured on samples of one context each: give names or ids, no weights.")
+    absent = [context for context in new if not held.images(context)]
+    if absent:
+        words = ", ".join(str(c) if grown.context_names is None else grown.context_names[c] for c in absent)
+        raise PatchError(f"The batches to start from hold no sample of the new contexts {words}.")
+    return {context: held.hard[context] for context in new}
 
 
-def _measured(norm: Grown, tensors: dict[str, Tensor], table: ContextNorm, count: int) -> dict[str, Tensor]:
-    rows = {"mean": table.mean_table.detach()[-count:], "var": table.var_table.detach()[-count:]}
-    if isinstance(norm, ContextNorm) and norm.parametrization == "embedder":
-        return _widened(norm, tensors["embedding"], rows)
-    return {name: _ending_in(value, rows[name.removesuffix("_table")]) for name, value in tensors.items()}
+def _with_measured(norm: Grown, tensors: dict[str, Tensor], rows: Rows, new: list[int]) -> dict[str, Tensor]:
+    """Return the tensors with the measured statistics in the new rows."""
+    var = (rows.variance - norm.eps).clamp_min(0)
+    if isinstance(norm, DomainBatchNorm):
+        return tensors | {
+            "running_mean": _ending_in(tensors["running_mean"], rows.mean),
+            "running_var": _ending_in(tensors["running_var"], var),
+            "num_batches_tracked": _ending_in(tensors["num_batches_tracked"], torch.ones(len(new), dtype=torch.int64)),
+        }
+    raw = norm.inverse_activation(var)
+    if norm.parametrization == "embedder":
+        return _widened(norm, tensors["embedding"], {"mean": rows.mean, "var": raw})
+    return {
+        "mean_table": _ending_in(tensors["mean_table"], rows.mean),
+        "var_table": _ending_in(tensors["var_table"], raw),
+    }
+
+
+def _width(norms: list[Grown], config: ContextNormConfig) -> int | None:
+    return next((norm.embedding_dim for norm in norms if isinstance(norm, ContextNorm)), config.embedding_dim)
 
 
 def _ending_in(table: Tensor, rows: Tensor) -> Tensor:
@@ -328,12 +427,12 @@ def _assign(norm: Grown, tensors: dict[str, Tensor], num_contexts: int) -> None:
         cast(ContextNorm, norm).embedding_dim = tensors["embedding"].shape[1]
 
 
-def _commit(model: nn.Module, plan: Plan, config: ContextNormConfig) -> None:
+def _commit(model: nn.Module, plan: Plan, config: ContextNormConfig, moments: dict[str, StoredMoments]) -> None:
     """Nothing here can fail: all tensors exist, all is checked."""
     for norm, tensors in plan:
         _assign(norm, tensors, config.num_contexts)
     router = router_of(model)
-    router.config = config
+    router.config, router.moments = config, moments
     if router.source is not None:
         warnings.warn(
             f"The attached context source names {router.source.num_contexts} contexts and the model now has "

@@ -5,9 +5,9 @@ Shape legend: ``N`` samples, ``T`` contexts.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from cn_hf.errors import ConfigError, ContextIdError
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
 from cn_hf.norm.synchronized import recomputing
 from cn_hf.patching.config import ContextNormConfig
+from cn_hf.patching.moments import StoredMoments
 
 __all__ = ["ContextRouter", "ContextSourceLike"]
 
@@ -28,6 +29,13 @@ class ContextSourceLike(Protocol):
 
     def predict(self, images: Tensor) -> Tensor:
         """Context ids ``(N,)`` of uint8 images ``(N, C, H, W)``."""
+
+
+class SlotObserver(Protocol):
+    """Sees the inputs of slots, and normalises them."""
+
+    def normalize(self, slot: Any, x: Tensor, ids: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``x`` as the slot is to give it on."""
 
 
 class ContextRouter:
@@ -43,7 +51,8 @@ class ContextRouter:
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
         pixel_std: standard deviation they were divided by.
         lock: held by the thread whose call is running.
-        observer: called with (slot, input, ids) before a slot normalises; used by ``calibrate``.
+        observer: normalises in the slots' place while their inputs are measured, or None.
+        moments: of the real inputs of each context, by the slot's name, where they were measured.
     """
 
     def __init__(self, config: ContextNormConfig) -> None:
@@ -55,7 +64,8 @@ class ContextRouter:
         self.source: ContextSourceLike | None = None
         self.pixel_mean: tuple[float, ...] = (0.0,)
         self.pixel_std: tuple[float, ...] = (1.0,)
-        self.observer: Callable[[Any, Tensor, Tensor | None], None] | None = None
+        self.observer: SlotObserver | None = None
+        self.moments: dict[str, StoredMoments] = {}
         self.root: weakref.ref[nn.Module] | None = None
         self.lock = threading.RLock()
 
@@ -164,6 +174,7 @@ class ContextRouter:
         if root is not None and id(root) not in memo:
             return self
         copied = ContextRouter(self.config)
+        copied.moments = copy.deepcopy(self.moments)
         copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
         if root is not None:
             copied.root = weakref.ref(memo[id(root)])

@@ -212,7 +212,8 @@ def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> b
         for batch in itertools.islice(whole, config.calibration_batches)
     ]
     # An embedder narrower than the contexts still starts as near to them as it can.
-    cn_hf.calibrate(model, chosen, approximate=True)
+    held = sum(len(batch["pixel_values"]) for batch in chosen)
+    cn_hf.calibrate(model, chosen, max_images=max(1, held), approximate=True)
     return True
 
 
