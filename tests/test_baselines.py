@@ -519,7 +519,7 @@ def test_feature_batch_norm_keeps_the_dtype(dtype: torch.dtype, feature_dim: int
     for training in (True, False):
         layer.train(training)
         assert layer(x).dtype == dtype
-        out = layer.normalize(x, weight=weight, bias=bias)
+        out = layer(x, weight=weight, bias=bias)
         assert out.dtype == dtype
         shape = [1, 3, 1] if feature_dim == 1 else [1, 1, 3]
         expected = layer(x).float() * weight.view(shape) + bias.view(shape)

@@ -258,13 +258,15 @@ def test_fusing_a_batch_norm_into_its_convolution_is_refused() -> None:
     with pytest.raises((CnHfError, AttributeError), match="fold_context"):
         torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])
     with pytest.raises((CnHfError, AttributeError), match="fold_context"):
-        _ = model[1].running_var
+        _ = model[1].eps
 
 
-def test_code_that_looks_for_running_statistics_finds_none() -> None:
+def test_code_that_folds_running_statistics_finds_no_eps() -> None:
     slot = patched_batch_norm()[1]
-    assert not hasattr(slot, "running_mean")
-    assert getattr(slot, "running_var", None) is None
+    assert not hasattr(slot, "eps")
+    assert getattr(slot, "eps", None) is None
+    with pytest.raises(AttributeError, match="eps"):
+        slot.eps = 1e-3
 
 
 def test_sync_batch_norm_conversion_leaves_slots_alone() -> None:

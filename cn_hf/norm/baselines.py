@@ -106,19 +106,15 @@ class MixtureNorm(FeatureNorm):
         self.register_buffer("running_var", torch.ones(shape, device=device, dtype=wide))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``; in training the running mixture moves.
+
+        ``weight`` and ``bias``, ``(C,)``, are an affine map in the place of the layer's.
 
         Raises:
             InputShapeError: ``x`` does not have ``num_features`` features, or a training batch has no vectors.
         """
         check_features(self, x)
-        return self.normalize(x)
-
-    def normalize(
-        self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
-        """``forward``, with an affine map ``(C,)`` of the caller's where one is given; ``ids`` play no part."""
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
         theta = self._running_theta()
@@ -262,9 +258,18 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Checked in ``forward``, where the feature axis is still where the caller has it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``."""
+    def forward(self, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``; ``weight`` and ``bias``, ``(C,)``, come after it."""
         check_features(self, x)
+        out = self._normalized(x)
+        if weight is None and bias is None:
+            return out
+        out = out.movedim(self.feature_dim, -1)
+        out = out if weight is None else out * weight
+        out = out if bias is None else out + bias
+        return out.movedim(-1, self.feature_dim).to(x.dtype)
+
+    def _normalized(self, x: Tensor) -> Tensor:
         if self.training and several_processes():
             out: Tensor = synchronized_forward(self, x, feature_dim=self.feature_dim)
             return out
@@ -275,13 +280,3 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         else:
             out = super().forward(moved)
         return out.movedim(1, self.feature_dim)
-
-    def normalize(
-        self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
-        """``forward``, then an affine map ``(C,)`` of the caller's where one is given; ``ids`` play no part."""
-        out = self(x).movedim(self.feature_dim, -1)
-        out = out if weight is None else out * weight
-        out = out if bias is None else out + bias
-        restored: Tensor = out.movedim(-1, self.feature_dim)
-        return restored.to(x.dtype)

@@ -8,7 +8,7 @@ Shape legend: ``N`` samples, ``C`` features, ``T`` contexts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,14 +91,23 @@ class DomainBatchNorm(FeatureNorm):
         self.running_mean.copy_(mean.expand_as(self.running_mean))
         self.running_var.copy_(var.expand_as(self.running_var))
 
-    def forward(self, x: Tensor, context_ids: ContextIds | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context_ids: ContextIds | None = None, *, checked: bool = False, **options: Any
+    ) -> Tensor:
         """Normalise ``x``, ``(N, C, ...)`` or ``(N, ..., C)``, each sample by its context.
+
+        Args:
+            x: floating point.
+            context_ids: as of ``ContextNorm``.
+            checked: a patched model has checked the ids, once for all its layers.
+            **options: of ``normalize``.
 
         Raises:
             ContextIdError: the ids are missing, or not one context a sample.
             InputShapeError: ``x`` does not have ``num_features`` features.
         """
-        return self.normalize(x, checked_ids(self, x, context_ids))
+        ids = cast("Tensor | None", context_ids) if checked else checked_ids(self, x, context_ids)
+        return self.normalize(x, ids, **options)
 
     def normalize(
         self, x: Tensor, ids: Tensor | None = None, *, weight: Tensor | None = None, bias: Tensor | None = None

@@ -347,12 +347,16 @@ class ContextNorm(FeatureNorm):
 
     # -------------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, context_ids: ContextIds | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context_ids: ContextIds | None = None, *, checked: bool = False, **options: Any
+    ) -> Tensor:
         """Normalise ``x``.
 
         Args:
             x: ``(N, C, ...)`` or ``(N, ..., C)`` as ``feature_dim`` says, floating point.
             context_ids: integers ``(N,)``, an int, float weights ``(N, T)``, or None (evaluation only).
+            checked: a patched model has checked the ids, once for all its layers.
+            **options: of ``normalize``.
 
         Returns:
             Tensor of the shape and dtype of ``x``.
@@ -361,7 +365,8 @@ class ContextNorm(FeatureNorm):
             ContextIdError: ids are invalid, or missing where they are needed.
             InputShapeError: ``x`` does not have ``num_features`` features.
         """
-        return self.normalize(x, checked_ids(self, x, context_ids))
+        ids = cast("Tensor | None", context_ids) if checked else checked_ids(self, x, context_ids)
+        return self.normalize(x, ids, **options)
 
     def normalize(
         self,

@@ -29,7 +29,7 @@ from cn_hf.norm.formulas import standardized
 from cn_hf.norm.layers import check_features
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.standardize import LAYER, RMS, PerVector, Standardize, group, instance, simple, simple_of_maps
-from cn_hf.patching.swapped import Swapped
+from cn_hf.patching.swapped import Swapped, has_other_forward
 from cn_hf.patching.transformers_norms import (
     FROZEN_BATCH_NORMS,
     GROUP_NORMS,
@@ -66,7 +66,7 @@ class NormEntry:
 
     def eps(self, norm: Any) -> float:
         """What a norm of this class adds to its variance."""
-        given = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
+        given = (vars(norm).get(name) for name in ("eps", "variance_epsilon"))  # slots of stored norms refuse theirs
         return next((float(eps) for eps in given if eps is not None), 1e-5 if self.standardize is None else 1e-6)
 
     def standardized(self, norm: Any, x: Tensor) -> Tensor:
@@ -199,16 +199,22 @@ class Slot(Swapped):
         check_features(self.normalizer, x)  # one channel would broadcast to all
         return self.router.ids_for(x)
 
-    def _normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def _normalize(self, x: Tensor, **options: Tensor | None) -> Tensor:
         if self.near_sequence_first and self.router.is_sequence_first(x):
-            return self._by_context(x.transpose(0, 1), weight, bias).transpose(0, 1)
-        return self._by_context(x, weight, bias)
+            return self._by_context(x.transpose(0, 1), **options).transpose(0, 1)
+        return self._by_context(x, **options)
 
-    def _by_context(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _by_context(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         ids = self._context_ids(x)
         if self.router.observer is not None:
             return self.router.observer.normalize(self, x, ids, weight, bias)
-        return self.normalizer.normalize(x, ids, weight=weight, bias=bias)
+        return self._call(x, ids, weight=weight, bias=bias)
+
+    def _call(self, x: Tensor, ids: Tensor | None, **options: Any) -> Tensor:
+        """Call the normalizer as a module: hooks on it, such as those that fetch offloaded weights, must run."""
+        if ids is not None:
+            options |= {"context_ids": ids, "checked": True}
+        return cast(Tensor, self.normalizer(x, **options))
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Refuse what conversions of batch norms would put in the normalizer's place."""
@@ -284,7 +290,7 @@ class SampleNormSlot(Slot):
         dtype = statistics_dtype(x)
         norm, standardize = self.normalizer, self.entry.standardize
         if isinstance(standardize, PerVector) and isinstance(norm, ContextNorm) and self._in_one_pass(x):
-            y = norm.normalize(x, self._context_ids(x), **affine, standardize=standardize.of(self, dtype))
+            y = self._call(x, self._context_ids(x), **affine, standardize=standardize.of(self, dtype))
         else:
             wide = x.to(dtype)
             y = self._normalize(self.entry.standardized(self, wide) if self.keep_statistics else wide, **affine)
@@ -305,6 +311,7 @@ class StoredNormSlot(Slot, nn.Module):
     """A norm with stored statistics, which the normalizer replaces; the statistics stay for the way back.
 
     It is no subclass of the batch norm it was: code that folds batch norms into convolutions must not find one here.
+    For code that does not ask for the class, ``eps`` is refused: no batch norm can be folded without it.
     """
 
     entry: ClassVar[NormEntry]
@@ -312,12 +319,8 @@ class StoredNormSlot(Slot, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise by context, scale and shift."""
-        y = self._normalize(x, self._buffer_or_parameter("weight"), self._buffer_or_parameter("bias"))
+        y = self._normalize(x, weight=getattr(self, "weight", None), bias=getattr(self, "bias", None))
         return _finish(self, y, self.entry.fused)
-
-    def _buffer_or_parameter(self, name: str) -> Tensor | None:
-        value = self._parameters.get(name)
-        return self._buffers.get(name) if value is None else value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         count, key = self._buffers.get("num_batches_tracked"), f"{prefix}num_batches_tracked"
@@ -327,15 +330,17 @@ class StoredNormSlot(Slot, nn.Module):
             state_dict.setdefault(key, count)  # checkpoints older than this buffer
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getattr__(self, name: str) -> Any:
-        """Refuse the running statistics: code that reads them, to fold them, would drop the contexts.
+    @property
+    def eps(self) -> float:
+        """Refuse the batch norm's eps: code that reads it, to fold the running statistics, would drop the contexts."""
+        raise AttributeError("eps")  # Python then asks ``__getattr__``
 
-        Those on the meta device are none yet: loading code looks at their shape.
-        """
-        if name in ("running_mean", "running_var") and not getattr(self._buffers.get(name), "is_meta", False):
+    def __getattr__(self, name: str) -> Any:
+        """Look up tensors and modules, as every module does; ``eps`` is an error."""
+        if name == "eps":
             raise PatchedAttributeError(
-                f"{name} was asked of a batch norm that context normalization has replaced: it has one mean and "
-                "variance a context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
+                "eps was asked of a batch norm that context normalization has replaced: it has one mean and variance a "
+                "context. Use fold_context(model, context) for a plain model, or unpatch_model(model)."
             )
         return super().__getattr__(name)
 
@@ -390,6 +395,7 @@ class ConvolutionInputSlot(InputSlot):
             and self.router.observer is None
             and conv.padding_mode == "zeros"
             and "_conv_forward" not in conv.__dict__  # replaced by tools that pad in their own way
+            and not _is_hooked(norm)
             and self.router.ids_for(x) is not None
         )
         if not one_function:
@@ -407,6 +413,11 @@ class ConvolutionInputSlot(InputSlot):
             dilation=conv.dilation,
             groups=conv.groups,
         )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """True if calling ``module`` does more than its class's ``forward``."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or has_other_forward(module))
 
 
 class OutputSlot(Slot):

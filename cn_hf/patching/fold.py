@@ -10,10 +10,14 @@ Shape legend: ``C`` features; ``y = x * scale + offset`` with ``scale`` and ``of
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from cn_hf.errors import PatchError
 from cn_hf.norm import ContextNorm
@@ -21,6 +25,7 @@ from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import NORMS, Slot, qualified_name
 from cn_hf.patching.patch import own_slots, unpatch_model
 from cn_hf.patching.routing import router_of
+from cn_hf.patching.swapped import copied, own_class
 
 __all__ = ["fold_context"]
 
@@ -45,13 +50,14 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
     if not all(isinstance(slot.normalizer, ContextNorm) for _, slot in slots):
         raise PatchError(f"fold_context needs context normalization; the model's mode is {router.config.mode!r}.")
     ids = router.resolve(context, 1, torch.device("cpu"))
-    folded = copy.deepcopy(model).eval()
+    folded = copied(model).eval()
     plans = [(name, *_plan(slot, ids)) for name, slot in slots]
     unpatch_model(folded)
     folder = _Folder(folded)
     with torch.no_grad():
         for name, role, kept, norm_eps, maps, scale, offset in plans:
             module = folded.get_submodule(name)
+            _make_plain(module)
             if role == "input":
                 folder.input(module, scale, offset)
             elif role == "output":
@@ -74,6 +80,26 @@ def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, bool, Tensor, Tens
     return slot.recipe[1][0], kept, norm.eps, norm.feature_dim == 1, scale, offset
 
 
+_REMOVERS: dict[type, Callable[..., Any]] = {
+    prune.BasePruningMethod: prune.remove,
+    SpectralNorm: remove_spectral_norm,
+    WeightNorm: remove_weight_norm,
+}
+"""Hooks that make a tensor before each forward, and what leaves the tensor as a parameter in their place."""
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Make parameters of the weights and biases in ``module`` that a parametrization, pruning or a hook computes."""
+    for part in module.modules():
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(part, name):
+                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+        for hook in list(part._forward_pre_hooks.values()):
+            for kind, remove in _REMOVERS.items():
+                if isinstance(hook, kind):
+                    remove(part, vars(hook).get("_tensor_name") or vars(hook)["name"])
+
+
 class _Folder:
     """Writes affine maps into a plain model, in the dtype and on the device of each module or else of the model."""
 
@@ -85,7 +111,7 @@ class _Folder:
 
     def norm(self, norm: Any, scale: Tensor, offset: Tensor, maps: bool, kept: bool, eps: float) -> None:
         """A norm layer: into its statistics, into its affine map, or an affine map after it."""
-        entry = NORMS[qualified_name(type(norm))]
+        entry = NORMS[qualified_name(own_class(norm))]
         if entry.standardize is None:
             norm.running_mean.copy_(-offset / scale)
             if hasattr(norm, "eps"):
@@ -196,7 +222,7 @@ class _Folder:
 
 
 def _ends_in_affine(norm: nn.Module) -> bool:
-    entry = NORMS.get(qualified_name(type(norm)))
+    entry = NORMS.get(qualified_name(own_class(norm)))
     has_bias = isinstance(norm, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
     return entry is not None and not entry.fused and has_bias
 

@@ -18,11 +18,12 @@ from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_targets
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.routing import RoutedModel, routed_class, router_of
-from cn_hf.patching.swapped import swap_class
+from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's reparameterize_model calls
+_UNHOOK = "Take accelerate's hooks off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel")
 
 
@@ -65,7 +66,7 @@ def patch_model(
     config = _build_config(config, mode, num_contexts, where, context_names, options)
     targets = find_targets(model, config)
     _check_targets(model, targets)
-    new_root = routed_class(type(model))
+    new_root = routed_class(own_class(model))
     router = ContextRouter(config)
     router.root = weakref.ref(model)
     normalizers = [_build_normalizer(model, target, config) for target in targets]
@@ -103,7 +104,7 @@ def _check_model(model: nn.Module) -> None:
             f"patch_model expects the model itself, received a {type(model).__name__}: patch first, then wrap, compile "
             "or script it."
         )
-    if "forward" in model.__dict__:
+    if has_other_forward(model):
         raise PatchError(
             f"This {type(model).__name__} has a forward of its own on the instance, which would not take context_ids: "
             "patch the model before adding hooks to it (accelerate's prepare and dispatch_model do)."
@@ -145,7 +146,7 @@ def _check_targets(model: nn.Module, targets: list[Target]) -> None:
                 f"{type(model).__name__} is itself the layer to be swapped: use cn_hf.ContextNorm directly, or wrap it "
                 "in nn.Sequential."
             )
-        if "forward" in target.module.__dict__:
+        if has_other_forward(target.module):
             raise PatchError(
                 f"{target.name} has a forward of its own on the instance, which would go past its contexts: patch the "
                 "model before adding hooks to it (accelerate's prepare and dispatch_model do)."
@@ -170,7 +171,7 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dty
 
 
 def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfig) -> nn.Module:
-    own_eps = NORMS[qualified_name(type(target.module))].eps(target.module) if target.role == "norm" else 1e-5
+    own_eps = NORMS[qualified_name(own_class(target.module))].eps(target.module) if target.role == "norm" else 1e-5
     eps = own_eps if config.eps is None else config.eps
     device, dtype = _place(model, target.module)
     common: dict[str, Any] = {
@@ -216,7 +217,7 @@ def _check_stored_eps(target: Target, own_eps: float, eps: float, config: Contex
 
 
 def _is_stored(target: Target) -> bool:
-    return target.role == "norm" and NORMS[qualified_name(type(target.module))].standardize is None
+    return target.role == "norm" and NORMS[qualified_name(own_class(target.module))].standardize is None
 
 
 def _never_saw_data(target: Target) -> bool:
@@ -230,7 +231,7 @@ def _install(target: Target, normalizer: nn.Module, router: ContextRouter, confi
     normalizer.train(module.training)
     if is_stored and isinstance(normalizer, FeatureBatchNorm):
         normalizer.load_state_dict(dict(module.named_buffers(recurse=False)), strict=False)
-    swap_class(module, slot_class(target.role, type(module)))
+    swap_class(module, slot_class(target.role, own_class(module)))
     module.add_module("normalizer", normalizer)
     module.router = router  # type: ignore[assignment]  # the attribute of a slot
     if target.near_sequence_first:
@@ -285,9 +286,15 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         The same object.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or hooked by accelerate.
     """
     router_of(model)
+    for name, module in model.named_modules():
+        if has_other_forward(module) and isinstance(module, (RoutedModel, Slot)):
+            raise PatchError(
+                f"{name or type(model).__name__} has a forward of its own on the instance, which would go on as if it "
+                f"were patched. {_UNHOOK}"
+            )
     for module in list(model.modules()):
         if isinstance(module, Slot):
             restore_slot(module)
@@ -364,6 +371,8 @@ def own_slots(model: nn.Module) -> list[tuple[str, Slot]]:
                 f"The context-aware layer of {name} is wrapped in a {type(layer).__name__}, as by PEFT's "
                 "modules_to_save: take it off first, with peft_model.merge_and_unload() or peft_model.unload()."
             )
+        if layer.is_on_meta() and has_other_forward(layer):
+            raise PatchError(f"The context-aware layer of {name} has no values: its tensors are offloaded. {_UNHOOK}")
     return slots
 
 

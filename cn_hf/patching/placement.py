@@ -16,6 +16,7 @@ from torch import nn
 from cn_hf.errors import PatchError, nearest
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import MIXING, NORMS, REFUSED, NormEntry, qualified_name
+from cn_hf.patching.swapped import own_class
 
 __all__ = ["Target", "find_targets"]
 
@@ -80,7 +81,7 @@ def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
 
 
 def _entry(module: nn.Module) -> NormEntry | None:
-    return NORMS.get(qualified_name(type(module)))
+    return NORMS.get(qualified_name(own_class(module)))
 
 
 def _norms(model: nn.Module, mode: str) -> list[Target]:
@@ -104,7 +105,7 @@ def refused_inside(model: nn.Module) -> dict[int, str]:
     """Modules, by ``id``, below one whose norms cannot be swapped: its class and the reason."""
     inside: dict[int, str] = {}
     for module in model.modules():
-        key = qualified_name(type(module))
+        key = qualified_name(own_class(module))
         if key in REFUSED or key in MIXING:
             reason = f"inside {type(module).__name__}, {MIXING.get(key) or REFUSED[key]}"
             inside |= {id(part): reason for part in module.modules() if part is not module}
@@ -145,7 +146,7 @@ def _left_out(model: nn.Module, mode: str) -> list[tuple[str, str]]:
     left_out = []
     inside = refused_inside(model)
     for name, module in model.named_modules():
-        key, entry = qualified_name(type(module)), _entry(module)
+        key, entry = qualified_name(own_class(module)), _entry(module)
         if key in REFUSED:
             left_out.append((name, f"{type(module).__name__}, {REFUSED[key]}"))
         elif entry is not None and entry.axis(module) in FEATURE_DIMS[mode]:
@@ -196,7 +197,7 @@ def _by_pattern(model: nn.Module, mode: str, patterns: Sequence[str]) -> list[Ta
 
 def _describe(modules: dict[str, nn.Module], names: list[str]) -> str:
     name = names[0]
-    key = qualified_name(type(modules[name]))
+    key = qualified_name(own_class(modules[name]))
     reason = f" ({REFUSED[key]})" if key in REFUSED else ""
     return f"{name}, a {type(modules[name]).__name__}{reason}"
 
@@ -211,7 +212,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _named_norm(name: str, module: nn.Module, mode: str, sequence_first: Collection[str] = ()) -> Target:
-    entry = NORMS[qualified_name(type(module))]
+    entry = NORMS[qualified_name(own_class(module))]
     reason = entry.refusal(module)
     if reason is not None:
         raise PatchError(f"{name} ({type(module).__name__}) cannot be swapped: {reason}.")

@@ -80,6 +80,17 @@ class RoutedModel(Swapped):
         names = set() if inherited is None else set(inherited())
         return names | added_names(cast(nn.Module, self))
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Classes that a device map keeps on one device, for accelerate and transformers: slots are among them."""
+        own = vars(self).get("_no_split_modules") or getattr(super(), "_no_split_modules", None) or ()
+        modules = cast(nn.Module, self).modules()
+        return {*own, *(type(module).__name__ for module in modules if isinstance(module, Swapped) and module.adds)}
+
+    @_no_split_modules.setter
+    def _no_split_modules(self, classes: set[str]) -> None:
+        vars(self)["_no_split_modules"] = classes
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, and wire the router to the new object."""
         super().__setstate__(state)  # type: ignore[misc]  # of nn.Module

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-__all__ = ["Swapped", "swap_class"]
+__all__ = ["Swapped", "copied", "has_other_forward", "own_class", "swap_class"]
 
 
 class Swapped:
@@ -28,6 +30,31 @@ def _rebuild(make: Callable[..., type[nn.Module]], arguments: tuple[Any, ...]) -
     return new_class.__new__(new_class)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, below the one that ``torch.nn.utils.parametrize`` makes for each module."""
+    return type_before_parametrizations(module)
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """True if the instance has a ``forward`` that is not its class's, as accelerate's hooks give it."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def swap_class(module: nn.Module, new_class: type[nn.Module]) -> None:
-    """Give ``module`` another class in place: parameters, buffers, hooks, flags and names stay."""
+    """Give ``module`` another class in place: parameters, parametrizations, buffers, hooks, flags and names stay."""
+    if not has_other_forward(module):
+        vars(module).pop("forward", None)  # the old class's, which accelerate leaves when its hooks come off
+    if is_parametrized(module):  # its tensors are properties of a class on top, which a copy of the module may share
+        properties = {name: value for name, value in vars(type(module)).items() if name not in _OF_EACH_CLASS}
+        new_class = type(f"Parametrized{new_class.__name__}", (new_class,), properties)
     module.__class__ = new_class
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that pruning or a weight norm gave tensors of a graph, which torch does not copy."""
+    made = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in made})
+
+
+_OF_EACH_CLASS = ("__dict__", "__weakref__")  # descriptors that a new class makes for itself
