@@ -219,9 +219,14 @@ def test_a_device_that_is_not_there_is_refused(picture, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_run_is_not_published(runs, tmp_path):
+def test_a_damaged_run_and_leftovers_are_not_published(runs, tmp_path):
     copy = Path(shutil.copytree(runs["timm"], tmp_path / "run"))
     weights = copy / "checkpoint" / "model.safetensors"
+    listed = set(run_files(copy, "me/model").files)
+    for name in (f".model.safetensors.{'0f' * 16}.tmp", ".writable.1", f".cn_hf-saving-{'0f' * 16}/model.safetensors"):
+        weights.with_name(name).parent.mkdir(exist_ok=True)
+        weights.with_name(name).write_bytes(b"of a killed save")
+    assert set(run_files(copy, "me/model").files) == listed
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated, changed"):
         run_files(copy, "me/model")

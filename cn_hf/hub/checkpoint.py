@@ -37,6 +37,7 @@ from cn_hf.hub.description import (
 )
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
+from cn_hf.hub.staging import staged
 from cn_hf.hub.weights import (
     INDEX_FILE,
     NORMS_FILE,
@@ -45,7 +46,6 @@ from cn_hf.hub.weights import (
     check_weights,
     checksums,
     read_weights,
-    remove_others,
     weights_in,
     write_weights,
 )
@@ -54,7 +54,7 @@ from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import RoutedModel, router_of
 
-__all__ = ["describe_saved", "from_pretrained", "push_to_hub", "save_pretrained"]
+__all__ = ["describe_saved", "from_pretrained", "push_to_hub", "save_pretrained", "writing_to"]
 
 OWN_FILES = (
     WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, CONFIG_FILE, f"{SOURCE_FOLDER}/*",
@@ -75,7 +75,7 @@ def save_pretrained(
     base_id: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a patched model to a folder. Every file appears whole, the description last; other files stay.
+    """Write a patched model to a folder; a checkpoint there is replaced whole or not at all, and other files stay.
 
     Args:
         model: a patched model.
@@ -104,24 +104,24 @@ def save_pretrained(
     source = context_source_of(model, context_source)
     base = describe_base(model, model_args)
     path = Path(folder)
-    with _writing_to(path):
+    with writing_to(path), staged(path) as place:
         if norms_only:
-            names = write_weights(path, _context_tensors(model), name=NORMS_FILE)
+            names = write_weights(place, _context_tensors(model), name=NORMS_FILE)
         elif base["library"] == "transformers":
             from cn_hf.hub.transformers_models import save_transformers
 
-            save_transformers(model, path, max_shard_size=max_shard_size)
-            names = weights_in(path)
+            save_transformers(model, place, max_shard_size=max_shard_size)
+            names = weights_in(place)
         else:
-            names = write_weights(path, model.state_dict(), max_shard_size=max_shard_size)
+            names = write_weights(place, model.state_dict(), max_shard_size=max_shard_size)
         if base["library"] == "timm" and not norms_only:
             from cn_hf.hub.timm_models import timm_config
 
             content = timm_config(model, model_args=model_args, model_config=known_labels(model))
-            write_json(path / "config.json", content)
+            write_json(place / "config.json", content)
         # timm names a repository also for a model whose weights are not from there; a whole checkpoint needs none.
         origin = _origin(model, base_id) if norms_only or base_id or base["library"] == "transformers" else {}
-        _write_description(model, path, base | origin, names, source, norms_only)
+        _write_description(model, place, base | origin, names, source, norms_only)
     return path
 
 
@@ -129,17 +129,16 @@ def describe_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write ``context_norm.json`` and the context source beside weights that transformers has just saved.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        OSError: the folder cannot be written to.
         ConfigError: the base model could not be built again from its description.
     """
     path = Path(folder)
-    with _writing_to(path):
-        base = describe_base(model) | _origin(model, None)
-        _write_description(model, path, base, weights_in(path), context_source_of(model, None), norms_only=False)
+    base = describe_base(model) | _origin(model, None)
+    _write_description(model, path, base, weights_in(path), context_source_of(model, None), norms_only=False)
 
 
 @contextmanager
-def _writing_to(path: Path) -> Iterator[None]:
+def writing_to(path: Path) -> Iterator[None]:
     """An OSError in the block becomes a CheckpointError that names the folder; a CheckpointError stays as it is."""
     try:
         yield
@@ -177,7 +176,6 @@ def _write_description(
         pixel_mean=router.pixel_mean,
         pixel_std=router.pixel_std,
     ).write(path)
-    remove_others(path, names)
 
 
 def _context_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from cn_hf.hub.card import run_card
 from cn_hf.hub.checkpoint import OWN_FILES
 from cn_hf.hub.description import CONFIG_FILE, read_description
 from cn_hf.hub.repository import CARD_FILE, CHECKPOINT, HubOptions, hub_errors, upload
+from cn_hf.hub.staging import settled, visible_files
 from cn_hf.hub.weights import check_weights
 
 __all__ = ["RunFiles", "push_run", "run_files"]
@@ -62,7 +63,7 @@ def run_files(run_folder: Path, repo_id: str) -> RunFiles:
     """
     with hub_errors(repo_id, HubOptions(), what="cannot be pushed to"):
         validate_repo_id(repo_id)
-    checkpoint, results_file = run_folder / CHECKPOINT, run_folder / RESULTS
+    checkpoint, results_file = settled(run_folder / CHECKPOINT), run_folder / RESULTS
     if not results_file.is_file():
         raise CheckpointError(
             f"{run_folder} is not the folder of a finished run: {RESULTS} is missing. Finish it with --resume; a "
@@ -75,7 +76,7 @@ def run_files(run_folder: Path, repo_id: str) -> RunFiles:
     card = str(run_card(results, repo_id))
     description = read_description(checkpoint / CONFIG_FILE)
     check_weights(checkpoint, description.weights)
-    files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    files = {name: checkpoint / name for name in visible_files(checkpoint)}  # a killed save leaves hidden ones
     files |= {name: run_folder / name for name in EXTRAS if (run_folder / name).is_file()}
     return RunFiles(files=files, card=card)
 

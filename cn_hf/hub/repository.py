@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cn_hf.errors import CheckpointError, InputTypeError
+from cn_hf.hub.staging import settled
 
 __all__ = ["CARD_FILE", "CHECKPOINT", "HubOptions", "checkpoint_folder", "hub_errors", "upload"]
 
@@ -85,8 +86,7 @@ def checkpoint_folder(
         raise InputTypeError(f"Expected a folder or the id of a repository, received {id_or_folder!r}.")
     path = Path(id_or_folder)
     if path.is_dir():
-        folder = path / options.subfolder
-        inside = folder / CHECKPOINT  # where a run has it
+        folder, inside = settled(path / options.subfolder), settled(path / options.subfolder / CHECKPOINT)  # of a run
         return inside if not (folder / description_file).exists() and (inside / description_file).exists() else folder
     name = str(id_or_folder)
     if path.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):

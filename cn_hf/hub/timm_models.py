@@ -37,6 +37,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm's save_for_hf 
 
 def register() -> None:
     """Let timm build and save patched checkpoints. Calling it again changes nothing."""
+    from timm import models
     from timm.models import _hub, _registry
 
     if not _registry.is_model(TIMM_ARCHITECTURE):
@@ -46,6 +47,7 @@ def register() -> None:
     write = getattr(_hub, "save_config_for_hf", None)
     if write is not None and not hasattr(write, "__wrapped__"):
         _hub.save_config_for_hf = _saving_contexts(write)
+        models.save_for_hf = _hub.save_for_hf = _saving_whole(_hub.save_for_hf)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -300,3 +302,20 @@ def _saving_contexts(write: Callable[..., None]) -> Callable[..., None]:
         write_json(path, content)
 
     return save_config_for_hf
+
+
+def _saving_whole(write: Callable[..., None]) -> Callable[..., None]:
+    """Wrap timm's ``save_for_hf``: a patched model replaces the checkpoint that was there whole or not at all."""
+
+    @functools.wraps(write)
+    def save_for_hf(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, RoutedModel):
+            write(model, save_directory, *args, **kwargs)
+            return
+        from cn_hf.hub.checkpoint import writing_to
+        from cn_hf.hub.staging import staged
+
+        with writing_to(Path(save_directory)), staged(Path(save_directory)) as place:
+            write(model, place, *args, **kwargs)
+
+    return save_for_hf

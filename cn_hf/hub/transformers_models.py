@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -76,11 +76,15 @@ class TransformersRoot:
             push_to_hub: publish it afterwards as ``repo_id``, by default the folder's name.
             **kwargs: as for any transformers model.
         """
-        save_transformers(cast(nn.Module, self), save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            from cn_hf.hub.checkpoint import describe_saved
+        from cn_hf.hub.checkpoint import describe_saved, writing_to
+        from cn_hf.hub.staging import staged
 
-            describe_saved(cast(nn.Module, self), save_directory)
+        folder, described = Path(save_directory), not getattr(self, "_hf_peft_config_loaded", False)
+        whole = described and not kwargs.get("variant") and not kwargs.get("distributed_checkpoint")
+        with writing_to(folder), staged(folder) if is_main_process and whole else nullcontext(folder) as place:
+            save_transformers(cast(nn.Module, self), place, is_main_process=is_main_process, **kwargs)
+            if is_main_process and described:
+                describe_saved(cast(nn.Module, self), place)
         if push_to_hub and is_main_process:
             names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
             options = {name: kwargs[name] for name in names if name in kwargs}
@@ -102,8 +106,12 @@ class TransformersRoot:
         """
         from transformers import AutoConfig, PreTrainedConfig
 
+        from cn_hf.hub.staging import settled
+
         path = pretrained_model_name_or_path
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        if path is not None and (folder := Path(path, hub.get("subfolder") or "")) != settled(folder):
+            path, hub["subfolder"] = str(settled(folder)), ""
         if not isinstance(config, PreTrainedConfig):  # as Auto classes do: what the config has no field for stays
             held: dict[str, Any] = {
                 name: kwargs.pop(name) for name in ("dtype", "quantization_config") if name in kwargs

@@ -32,7 +32,6 @@ __all__ = [
     "fingerprint",
     "is_weights_name",
     "read_weights",
-    "remove_others",
     "weights_in",
     "write_weights",
 ]
@@ -124,16 +123,6 @@ def weights_in(folder: Path) -> list[str]:
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of each file."""
     return {name: sha256_of(folder / name) for name in names}
-
-
-def remove_others(folder: Path, names: Iterable[str]) -> None:
-    """Remove the weights of an earlier save: another reader of the folder would take them for this one's."""
-    kept = set(names)
-    if kept <= {WEIGHTS_FILE, NORMS_FILE}:
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-    for file in (*folder.glob("model*.safetensors"), folder / NORMS_FILE):
-        if file.name not in kept and re.fullmatch(r"model(-\d{5}-of-\d{5})?|context_norm", file.stem):
-            file.unlink(missing_ok=True)
 
 
 def check_weights(folder: Path, expected: Mapping[str, str]) -> None:

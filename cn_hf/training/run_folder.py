@@ -7,7 +7,7 @@ finished. No other run gets the folder without ``overwrite``, which removes what
 from __future__ import annotations
 
 import shutil
-import uuid
+import tempfile
 from pathlib import Path
 
 from cn_hf.errors import CheckpointError, ConfigError
@@ -89,10 +89,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         CheckpointError: It cannot be written to.
     """
-    probe = folder / f".writable.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # on Linux it has no name that a killed run could leave behind
     except OSError as error:
         raise CheckpointError(f"output_dir {folder} cannot be written to: {error}; give another folder") from error
