@@ -9,6 +9,7 @@ leftovers.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -16,17 +17,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no locks on folders; two saves into one folder at once are then not told apart
-    fcntl = None  # type: ignore[assignment]
+from typing import Any
 
 from cn_hf.errors import CheckpointError
 
 __all__ = ["settled", "staged", "visible_files"]
 
 CONFIG, DESCRIPTION = "config.json", "context_norm.json"
+fcntl: Any = None  # Windows has no locks on folders: of two saves into one folder at once, one may fail
+with suppress(ImportError):
+    fcntl = importlib.import_module("fcntl")
 SAVED = ".cn_hf-saved"
 _SAVING = ".cn_hf-saving-"
 _OWN_FILES = re.compile(
