@@ -20,6 +20,7 @@ __all__ = [
     "DatasetError",
     "DatasetFileError",
     "DivergedError",
+    "InputDeviceError",
     "InputShapeError",
     "InputTypeError",
     "PatchError",
@@ -62,6 +63,10 @@ class InputTypeError(CnHfError, TypeError):
 
 class InputShapeError(CnHfError, ValueError):
     """A tensor has the wrong shape."""
+
+
+class InputDeviceError(CnHfError, ValueError, RuntimeError):
+    """Tensors that belong together are on different devices; a RuntimeError too, as torch's own norms raise."""
 
 
 class ContextSourceError(CnHfError, ValueError):

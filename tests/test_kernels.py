@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cn_hf
-from cn_hf.errors import ConfigError, InputShapeError
+from cn_hf.errors import ConfigError, InputDeviceError, InputShapeError
 from cn_hf.norm import cpu_kernels, formulas, kernels, native
 from cn_hf.norm.em import Mixture
 from cn_hf.norm.functional import context_norm, context_norm_plus, mixture_norm, norm_shift_scale, shift_scale
@@ -346,6 +346,64 @@ def test_torch_finds_the_operators_in_order(name: str, channels_last: bool) -> N
         _, mean, rstd = torch.ops.cn_hf.norm_shift_scale(*plain, None, EPS, True)
         arguments = (plain[0], plain[0], mean, rstd, *plain[1:], True, True)
         torch.library.opcheck(torch.ops.cn_hf.norm_shift_scale_backward.default, arguments)
+
+
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "like x": lambda grad: torch.empty_like(grad).copy_(grad),
+    "contiguous": lambda grad: grad.contiguous(),
+    "transposed": lambda grad: grad.mT.contiguous().mT if grad.dim() > 2 else grad.T.contiguous().T,
+    "expanded": lambda grad: grad[..., :1].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed maps", "transposed vectors"])
+def test_fake_kernels_report_what_real_ones_return(layout: str, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides, and no result that shares memory with an input."""
+    other = {"transposed maps": (torch.randn(4, 6, 5, 7).mT, 1), "transposed vectors": (torch.randn(33, 7).T, -1)}
+    x, axis = other[layout] if layout in other else (LAYOUTS[layout][0](), LAYOUTS[layout][1])
+    x = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+    wide = torch.promote_types(dtype, torch.float32)
+    center, scale, offset = (row.to(wide) for row in coefficients(len(x), x.shape[axis]) if row is not None)
+    torch.use_deterministic_algorithms(False)  # NaN in fresh memory is not equal to itself
+    operators, checks = torch.ops.cn_hf, {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(operators.shift_scale.default, (x, center, scale, offset, axis), **checks)
+    for kind, stored in GRADIENTS.items():
+        grad = stored(x.clone())
+        need_x = kind != "expanded"
+        torch.library.opcheck(operators.shift_scale_backward.default, (grad, x, center, scale, axis, need_x), **checks)
+        if axis == -1:
+            for centered in (True, False):
+                forward = x, center, scale, offset, EPS, centered
+                torch.library.opcheck(operators.norm_shift_scale.default, forward, **checks)
+                _, mean, rstd = operators.norm_shift_scale(*forward)
+                backward = grad, x, mean, rstd, center, scale, need_x, centered
+                torch.library.opcheck(operators.norm_shift_scale_backward.default, backward, **checks)
+
+
+@pytest.mark.parametrize("which", ["x", "center", "scale", "offset"])
+@pytest.mark.parametrize("other", ["cpu", "meta"])
+def test_mixed_devices_are_an_error(which: str, other: str) -> None:
+    """The fake kernel must not answer with memory that nobody wrote, nor torch multiply by a matrix without storage."""
+    home = "meta" if other == "cpu" else "cpu"
+    given = dict(zip(("x", "center", "scale", "offset"), (torch.ones(4, 3, 8), *coefficients(4, 8)), strict=True))
+    x, center, scale, offset = (t.to(other if name == which else home) for name, t in given.items())  # type: ignore[union-attr]
+    kept = torch.ones(4, 3, device=home)
+    operators = torch.ops.cn_hf
+    for run in (
+        lambda: shift_scale(x, center, scale, offset, feature_dim=-1),
+        lambda: norm_shift_scale(x, center, scale, offset, eps=EPS, centered=True),
+        lambda: operators.shift_scale(x, center, scale, offset, -1),
+        lambda: operators.norm_shift_scale(x, center, scale, offset, EPS, True),
+        lambda: operators.shift_scale_backward(offset[:, None].expand(4, 3, 8), x, center, scale, -1, True),
+        lambda: operators.norm_shift_scale_backward(
+            offset[:, None].expand(4, 3, 8), x, kept, kept, center, scale, True, True
+        ),
+    ):
+        with pytest.raises(InputDeviceError, match="Expected all tensors to be on"):
+            run()
+        with kernels.use_kernels("reference"), pytest.raises(RuntimeError):
+            run()
 
 
 class Seen(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import cn_hf
-from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputShapeError
+from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputDeviceError, InputShapeError
 from cn_hf.norm import ContextNorm, MixtureNorm
 
 PARAMETRIZATIONS = ("embedder", "table")
@@ -680,3 +680,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert json.dumps(config.to_dict())
     layer = ContextNorm(np.int64(4), np.int64(2), feature_dim=1, eps=np.float32(1e-3))
     assert layer(torch.randn(2, 4), 1).shape == (2, 4)
+
+
+@pytest.mark.parametrize("parametrization", ["embedder", "table"])
+def test_a_mix_of_devices_is_an_error(parametrization: str) -> None:
+    """As of torch's own norms: a layer without storage, an input without, or one parameter of either."""
+
+    def layer() -> ContextNorm:
+        return ContextNorm(8, 2, feature_dim=1, parametrization=parametrization, affine=True).eval()
+
+    x, ids = torch.ones(4, 8, 5, 5), torch.tensor([0, 1, 1, 0])
+    mixes = [(layer().to("meta"), x), (layer(), x.to("meta"))]
+    for name, value in layer().named_parameters():
+        mixes.append((layer(), x))
+        setattr(mixes[-1][0], name, nn.Parameter(value.to("meta")))
+    for mixed, given in mixes:
+        for context_ids in (ids, torch.full((4, 2), 0.5), None):
+            with pytest.raises(InputDeviceError, match=r"received one on (meta|cpu)\. Move"):
+                mixed(given, context_ids)
+        with pytest.raises(InputDeviceError):
+            mixed.train()(given, ids)
+    whole = layer().to("meta")
+    assert whole(x.to("meta"), ids).is_meta
+    assert whole(x.to("meta")).is_meta

@@ -43,7 +43,7 @@ def along(row: Tensor, x: Tensor, feature_dim: int) -> Tensor:
 def _sum_positions(x: Tensor, feature_dim: int) -> Tensor:
     """``(N, C)``."""
     dims = [dim for dim in range(1, x.dim()) if dim != feature_dim % x.dim()]
-    return x.sum(dims) if dims else x
+    return x.sum(dims) if dims else x.clone(memory_format=torch.contiguous_format)
 
 
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:

@@ -44,6 +44,7 @@ from cn_hf.norm.em import (
     seed_mixture,
     statistics_dtype,
 )
+from cn_hf.norm.layout import check_devices
 from cn_hf.norm.mixture_kernels import fused_mixture_norm
 
 __all__ = [
@@ -85,6 +86,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
+    check_devices(x, center, scale, offset)
     if _seen(x, center, scale, offset):
         return formulas.shift_scale(x, center, scale, offset, feature_dim)
     return kernels.shift_scale(x, center, scale, offset, feature_dim)
@@ -108,6 +110,7 @@ def norm_shift_scale(
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
+    check_devices(x, center, scale, offset)
     if torch.compiler.is_compiling():
         opaque = not torch.compiler.is_exporting() and kernels.fused(x.device.type, x.dtype)
     else:
@@ -145,11 +148,13 @@ def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = Fal
 
     Raises:
         ContextIdError: a Python int is no context.
+        InputDeviceError: the ids are not where the table is.
     """
     if isinstance(context_ids, int):
         if not 0 <= context_ids < len(table):
             raise ContextIdError(f"context_ids must lie in 0..{len(table) - 1}, received {context_ids}.")
         return table[context_ids : context_ids + 1]
+    check_devices(table, context_ids)
     if context_ids.is_floating_point():
         with full_precision(table.device):
             return context_ids.to(table.dtype) @ table
@@ -194,6 +199,7 @@ def context_norm(
 
     Raises:
         InputTypeError: ``x`` is not floating point.
+        InputDeviceError: the tensors are on different devices.
     """
     dtype = statistics_dtype(x, mean, var)
     rows = context_rows(mean.to(dtype), context_ids), context_rows(var.to(dtype), context_ids)
@@ -215,6 +221,7 @@ def normalize_rows(
 
     With ``standardize`` each vector of ``x`` is standardised over its features first, in the same pass.
     """
+    check_devices(x, mean, var, weight, bias)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
@@ -270,6 +277,7 @@ def context_norm_plus(
             weight=weight, bias=bias,
         )  # fmt: skip
         return out.movedim(1, feature_dim)
+    check_devices(x, mean, var, weight, bias)
     dtype = statistics_dtype(x, mean, var)
     with full_precision(x.device):
         mean, var = mean.to(dtype), var.to(dtype)
@@ -327,6 +335,7 @@ def mixture_norm(
             distributed=distributed,
         )  # fmt: skip
         return out.movedim(1, feature_dim), used
+    check_devices(x, *theta[:3], *(statistics or ()), weight, bias)
     dtype = statistics_dtype(x, theta.mean)
     with full_precision(x.device):
         mean, var, prior = (part.detach().to(dtype) for part in theta[:3])

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from cn_hf.errors import ConfigError, InputShapeError, nearest
 from cn_hf.norm import cpu_kernels, formulas, native
 from cn_hf.norm.formulas import Gradients
+from cn_hf.norm.layout import check_devices, stored_like
 
 __all__ = ["describe", "fused", "norm_shift_scale", "on_gpu", "reference", "shift_scale", "use_kernels"]
 
@@ -204,42 +205,64 @@ def _check_rows(x: Tensor, feature_dim: int, *rows: Tensor | None) -> None:
 
 def _register(name: str) -> None:
     reference = getattr(formulas, name)
-    activations = 2 if name.endswith("_backward") else 1  # the gradient comes before x
 
     def everywhere(*arguments: Any) -> Any:
-        return _filled(reference(*arguments), arguments[0])
+        _check(name, arguments)
+        return _as_declared(name, reference(*arguments), arguments)
 
     def on_cpu(*arguments: Any) -> Any:
-        known = _known("cpu", activations, arguments)
-        out = getattr(cpu_kernels, name)(*arguments) if known else None
-        return everywhere(*arguments) if out is None else _filled(out, arguments[0])
+        _check(name, arguments)
+        out = getattr(cpu_kernels, name)(*arguments) if _known("cpu", name, arguments) else None
+        return _as_declared(name, reference(*arguments) if out is None else out, arguments)
 
     def on_cuda(*arguments: Any) -> Any:
-        if not _known("cuda", activations, arguments):
-            return everywhere(*arguments)
+        _check(name, arguments)
+        if not _known("cuda", name, arguments):
+            return _as_declared(name, reference(*arguments), arguments)
         from cn_hf.norm import triton_kernels
 
-        return _filled(getattr(triton_kernels, name)(*arguments), arguments[0])
+        return _as_declared(name, getattr(triton_kernels, name)(*arguments), arguments)
 
     for function, key in ((everywhere, "CompositeExplicitAutograd"), (on_cpu, "CPU"), (on_cuda, "CUDA")):
         _LIBRARY.impl(name, function, key)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-def _known(device_type: str, activations: int, arguments: tuple[Any, ...]) -> bool:
-    """Whether our kernels know such arguments: all on the device, statistics in float32 and their rows in order."""
+def _check(name: str, arguments: tuple[Any, ...]) -> None:
+    """Raise unless all tensors are on one device: torch runs the fake kernel for a mix with the meta device."""
+    x = _input(name, arguments)
+    check_devices(x, *(argument for argument in arguments if isinstance(argument, Tensor)))
+
+
+def _input(name: str, arguments: tuple[Any, ...]) -> Tensor:
+    x: Tensor = arguments[1 if name.endswith("_backward") else 0]  # the gradient comes before x
+    return x
+
+
+def _known(device_type: str, name: str, arguments: tuple[Any, ...]) -> bool:
+    """True if our kernels know such arguments: statistics in float32 and their rows in order."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    x, rows = tensors[activations - 1], tensors[activations:]
+    x, rows = _input(name, arguments), tensors[2 if name.endswith("_backward") else 1 :]
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (
-        fused(device_type, x.dtype)
-        and all(tensor.device == x.device for tensor in tensors)
-        and all(row.dtype == wide and (row.dim() != 2 or row.stride(-1) == 1) for row in rows)
+    return fused(device_type, x.dtype) and all(
+        row.dtype == wide and (row.dim() != 2 or row.stride(-1) == 1) for row in rows
     )
 
 
-def _filled(out: Any, like: Tensor) -> Any:
-    """An operator returns tensors: an empty one for a gradient that was not asked for."""
-    return tuple(like.new_empty(0) if part is None else part for part in out) if isinstance(out, tuple) else out
+def _as_declared(name: str, out: Any, arguments: tuple[Any, ...]) -> Any:
+    """What an operator returns, with the strides that its fake kernel promises.
+
+    The result of ``shift_scale`` and its gradient lie in memory like ``x``, all else is contiguous. A gradient that was
+    not asked for is an empty tensor.
+    """
+    x = _input(name, arguments)
+    if name == "shift_scale":
+        return stored_like(out, x)
+    first, *rest = out
+    if first is None:
+        first = x.new_empty(0)
+    else:
+        first = stored_like(first, x) if name == "shift_scale_backward" else first.contiguous()
+    return first, *(part.contiguous() for part in rest)
 
 
 for _name in ("shift_scale", "shift_scale_backward", "norm_shift_scale", "norm_shift_scale_backward"):
@@ -250,12 +273,14 @@ for _name in ("shift_scale", "shift_scale_backward", "norm_shift_scale", "norm_s
 
 
 def _shift_scale_fake(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:
+    check_devices(x, center, scale, offset)
     return torch.empty_like(x)
 
 
 def _shift_scale_backward_fake(
     grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
 ) -> tuple[Tensor, ...]:
+    check_devices(x, grad, center, scale)
     sums = center.new_empty(x.shape[0], x.shape[feature_dim])
     return torch.empty_like(x) if need_x else x.new_empty(0), sums, torch.empty_like(sums)
 
@@ -263,6 +288,7 @@ def _shift_scale_backward_fake(
 def _norm_shift_scale_fake(
     x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, ...]:
+    check_devices(x, center, scale, offset)
     rstd = center.new_empty(x.shape[:-1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(rstd) if centered else center.new_empty(0), rstd
@@ -271,6 +297,7 @@ def _norm_shift_scale_fake(
 def _norm_shift_scale_backward_fake(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, center: Tensor, scale: Tensor, need_x: bool, centered: bool
 ) -> tuple[Tensor, ...]:
+    check_devices(x, grad, mean, rstd, center, scale)
     sums = center.new_empty(x.shape[0], x.shape[-1])
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     return grad_x, sums, torch.empty_like(sums)

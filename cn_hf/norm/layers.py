@@ -19,6 +19,7 @@ from cn_hf.norm.choices import check_choice, check_integer, check_number
 from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
+from cn_hf.norm.layout import check_devices
 
 __all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features", "checked_ids"]
 
@@ -266,7 +267,8 @@ class ContextNorm(FeatureNorm):
         else:
             biases = self.embedding_bias, self.mean_bias, self.var_bias
             shift, *offsets = (as_dtype(bias, dtype) for bias in biases)
-            weights = (as_dtype(weight, dtype) for weight in (self.mean_weight, self.var_weight))
+            weights = [as_dtype(weight, dtype) for weight in (self.mean_weight, self.var_weight)]
+            check_devices(self.embedding, shift, *weights, *offsets)  # torch multiplies a matrix without storage
             with full_precision(shift.device):
                 alpha = select(self.embedding) + shift
                 mean, raw = (F.linear(alpha, *map_) for map_ in zip(weights, offsets, strict=True))
@@ -422,8 +424,7 @@ class ContextNorm(FeatureNorm):
         The tables of all contexts are computed once; with more contexts than samples, or sparse gradients, the
         samples' rows only.
         """
-        device = self._storage().device
-        ids = ids if ids.device == device else ids.to(device)
+        check_devices(self._storage(), ids)
         if not ids.is_floating_point():
             # A symbolic batch size must not be compared: the graph would be specialised to one side.
             limit = 256 if torch.compiler.is_compiling() else len(ids)

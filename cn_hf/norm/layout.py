@@ -1,4 +1,4 @@
-"""How an input lies in memory, which decides what walks through it.
+"""Where an input is, and how it lies in memory, which decides what walks through it.
 
 *Rows*: ``(N, C, ...)`` is contiguous, a feature's positions lie together. *Columns*: ``(N, ..., C)`` is, a position's
 features do. An input with one position a sample is both.
@@ -6,9 +6,23 @@ features do. An input with one position a sample is both.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["arranged", "lies_in_rows", "stored"]
+from cn_hf.errors import InputDeviceError
+
+__all__ = ["arranged", "check_devices", "lies_in_rows", "stored", "stored_like"]
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ``InputDeviceError`` unless the others, where given, are on the device of ``x``."""
+    device = x.device
+    for other in others:
+        if other is not None and other.device != device:
+            raise InputDeviceError(
+                f"Expected all tensors to be on {device}, received one on {other.device}. Move the model and its "
+                "input to one device."
+            )
 
 
 def lies_in_rows(x: Tensor, feature_dim: int) -> bool | None:
@@ -29,3 +43,10 @@ def arranged(x: Tensor, feature_dim: int, in_rows: bool) -> Tensor:
     """``(N, C, ...)`` or ``(N, ..., C)``, contiguous: copied if it is not."""
     maps = x.movedim(feature_dim, 1)
     return maps.contiguous() if in_rows else maps.movedim(1, -1).contiguous()
+
+
+def stored_like(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` with the strides of ``torch.empty_like(x)``: copied if it has others."""
+    if out.stride() == x.stride() or out.stride() == torch.empty_like(x, device="meta").stride():
+        return out
+    return torch.empty_like(x, dtype=out.dtype).copy_(out)

@@ -71,7 +71,7 @@ def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, bool, Tensor, Tens
     """Role, whether the norm's own standardisation stays, eps, whether on maps, and the context's affine map."""
     norm = cast(ContextNorm, slot.normalizer)
     with torch.no_grad():
-        mean, var = (row[0].double() for row in norm.rows(ids))
+        mean, var = (row[0].double() for row in norm.rows(ids.to(next(norm.parameters()).device)))
         scale = torch.rsqrt(var + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
