@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from cn_hf.devices import available_device
 from cn_hf.errors import CheckpointError, ConfigError, InputTypeError, nearest
 from cn_hf.files import write_json
 from cn_hf.hub.base_model import build_base, describe_base, quietly
-from cn_hf.hub.base_weights import base_fingerprint, base_origin, load_base
+from cn_hf.hub.base_weights import base_fingerprint, load_base
 from cn_hf.hub.card import checkpoint_card
 from cn_hf.hub.description import (
     CONFIG_FILE,
@@ -37,6 +36,7 @@ from cn_hf.hub.description import (
 )
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
+from cn_hf.hub.saving import origin_of, write_description, writing_to
 from cn_hf.hub.staging import staged
 from cn_hf.hub.weights import (
     INDEX_FILE,
@@ -44,7 +44,6 @@ from cn_hf.hub.weights import (
     WEIGHTS_FILE,
     check_shard_size,
     check_weights,
-    checksums,
     read_weights,
     weights_in,
     write_weights,
@@ -54,7 +53,7 @@ from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import RoutedModel, router_of
 
-__all__ = ["describe_saved", "from_pretrained", "push_to_hub", "save_pretrained", "writing_to"]
+__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 OWN_FILES = (
     WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, CONFIG_FILE, f"{SOURCE_FOLDER}/*",
@@ -120,62 +119,9 @@ def save_pretrained(
             content = timm_config(model, model_args=model_args, model_config=known_labels(model))
             write_json(place / "config.json", content)
         # timm names a repository also for a model whose weights are not from there; a whole checkpoint needs none.
-        origin = _origin(model, base_id) if norms_only or base_id or base["library"] == "transformers" else {}
-        _write_description(model, place, base | origin, names, source, norms_only)
+        origin = origin_of(model, base_id) if norms_only or base_id or base["library"] == "transformers" else {}
+        write_description(model, place, base | origin, names, source, norms_only)
     return path
-
-
-def describe_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write ``context_norm.json`` and the context source beside weights that transformers has just saved.
-
-    Raises:
-        OSError: the folder cannot be written to.
-        ConfigError: the base model could not be built again from its description.
-    """
-    path = Path(folder)
-    base = describe_base(model) | _origin(model, None)
-    _write_description(model, path, base, weights_in(path), context_source_of(model, None), norms_only=False)
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """An OSError in the block becomes a CheckpointError that names the folder; a CheckpointError stays as it is."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"Cannot write a checkpoint to {path}: {error}") from error
-
-
-def _origin(model: nn.Module, base_id: str | None) -> dict[str, str]:
-    if base_id is None:
-        return base_origin(model)
-    name, _, revision = base_id.partition("@")
-    return {"id": name, "revision": revision} if revision else {"id": name}
-
-
-def _write_description(
-    model: nn.Module,
-    path: Path,
-    base: dict[str, Any],
-    names: list[str],
-    source: ContextSource | None,
-    norms_only: bool,
-) -> None:
-    router = router_of(model)
-    if source is not None:
-        source.save(path / SOURCE_FOLDER)
-    Description(
-        config=router.config,
-        base=base,
-        base_fingerprint=base_fingerprint(model) if norms_only else None,
-        norms_only=norms_only,
-        weights=checksums(path, names),
-        context_source=source is not None,
-        pixel_mean=router.pixel_mean,
-        pixel_std=router.pixel_std,
-    ).write(path)
 
 
 def _context_tensors(model: nn.Module) -> dict[str, Tensor]:

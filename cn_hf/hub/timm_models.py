@@ -291,7 +291,7 @@ def _saving_contexts(write: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(model, RoutedModel):
             write(model, config_path, *args, **kwargs)
             return
-        from cn_hf.hub.checkpoint import save_pretrained
+        from cn_hf.hub import save_pretrained
 
         options = inspect.signature(write).bind(model, config_path, *args, **kwargs).arguments
         del options["model"], options["config_path"]
@@ -312,7 +312,7 @@ def _saving_whole(write: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(model, RoutedModel):
             write(model, save_directory, *args, **kwargs)
             return
-        from cn_hf.hub.checkpoint import writing_to
+        from cn_hf.hub.saving import writing_to
         from cn_hf.hub.staging import staged
 
         with writing_to(Path(save_directory)), staged(Path(save_directory)) as place:

@@ -76,7 +76,7 @@ class TransformersRoot:
             push_to_hub: publish it afterwards as ``repo_id``, by default the folder's name.
             **kwargs: as for any transformers model.
         """
-        from cn_hf.hub.checkpoint import describe_saved, writing_to
+        from cn_hf.hub.saving import describe_saved, writing_to
         from cn_hf.hub.staging import staged
 
         folder, described = Path(save_directory), not getattr(self, "_hf_peft_config_loaded", False)
