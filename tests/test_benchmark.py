@@ -189,9 +189,10 @@ def test_the_limits_are_those_that_were_set() -> None:
         assert gpu[f"{name} on tokens, step | nn.LayerNorm"] == {1.0}
         assert cpu[f"{name} on tokens, step | nn.LayerNorm"] == {1.2, None}
     assert gpu["CN layer on maps, T = 1,000, step | T = 2"] == {1.1}
-    assert limits("plus", "cuda")["CN+ (learned, none) on tokens | CN forward"] == {3.0}
+    assert limits("plus", "cuda")["CN+ (learned, none) on tokens | CN forward"] == {None}
     assert limits("plus", "cpu")["CN+ (learned, none) on tokens | its four products and softmax"] == {1.5}
-    assert limits("mixture", "cuda")["MN (K = 3) on maps, step | nn.BatchNorm2d"] == {3.0}
+    assert limits("plus", "cpu")["CN+ (batch, sqrt_t) on tokens | its six products and softmax"] == {None}
+    assert limits("mixture", "cuda")["MN (K = 3) on maps, step | nn.BatchNorm2d"] == {None}
     models = limits("models", "cpu")
     assert models["vit_small_patch16_224, training step | plain model"] == {0.97}
     assert models["wide_resnet50_2, training step | plain model"] == {1.03}

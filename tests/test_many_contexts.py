@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cn_hf
 from cn_hf import ContextNorm
-from cn_hf.norm import pieces
+from cn_hf.norm import combination
 from cn_hf.norm.functional import context_norm_plus
 
 MANY = 100_000
@@ -159,7 +159,7 @@ def test_combining_contexts_in_parts(plus_scale: str, plus_stats: str, monkeypat
     for tensor, axis in ((x, -1), (x.movedim(-1, 1), 1), (x.movedim(-1, 1).contiguous(), 1), (x.transpose(1, 2), -1)):
         whole = context_norm_plus(tensor.detach().requires_grad_(), mean, var, feature_dim=axis, **options)
         for most in (1, 11, 30, 11 * 35, 11 * 105 - 1, 10**6):
-            monkeypatch.setitem(pieces._PIECE, "cpu", most)
+            monkeypatch.setattr(combination, "piece_size", lambda device, most=most: most)
             parts = context_norm_plus(tensor, mean, var, feature_dim=axis, **options)
             torch.testing.assert_close(parts, whole.detach())
 
@@ -170,7 +170,7 @@ def test_cn_plus_of_many_contexts_never_holds_all_posteriors() -> None:
     with torch.no_grad(), Largest() as largest:
         out = norm(x)
     tables = norm.mean_table.numel()
-    assert largest.numel <= max(tables, pieces._PIECE["cpu"]) < MANY * 512
+    assert largest.numel <= max(tables, combination.piece_size(x.device)) < MANY * 512
     assert difference(out, x) <= 1e-4  # all contexts are alike yet
 
 

@@ -1,13 +1,15 @@
 """All components at once: what CN+ (Eq. 9) and MN (Eqs. 5-7) share, in operators that torch differentiates.
 
-Shape legend: ``N`` samples, ``L`` positions of a sample, ``C`` features, ``K`` components, ``M`` feature vectors.
+Everything is computed in ``wide_dtype`` on feature vectors; results are of the dtype of the input.
+
+Shape legend: ``N`` samples, ``C`` features, ``K`` components (contexts), ``M`` feature vectors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,23 +18,14 @@ from torch import Tensor
 from cn_hf.norm.em import (
     Densities,
     SumOverProcesses,
-    along_features,
-    data_shift,
     full_precision,
-    product,
+    piece_size,
     reduce_over_processes,
+    statistics_dtype,
+    wide_dtype,
 )
 
-__all__ = [
-    "Combination",
-    "affine",
-    "combine",
-    "component_statistics",
-    "component_statistics_of_pieces",
-    "mixture",
-    "moments",
-    "weighted_sum",
-]
+__all__ = ["batch_statistics", "combine", "combine_in_pieces", "component_statistics", "mixture"]
 
 
 def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = False) -> tuple[Tensor, Tensor]:
@@ -42,100 +35,41 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
     statistics instead of 0/0. Differentiable in both arguments.
 
     Args:
-        x: ``(M, C)``, float32 at least.
+        x: ``(M, C)``.
         log_tau: ``(M, K)``.
         distributed: sum over all processes of the default group.
 
     Returns:
-        mean ``(K, C)`` and biased variance ``(K, C)``.
+        mean ``(K, C)`` and biased variance ``(K, C)``, float32 at least.
     """
-    detached = log_tau.detach()
-    peak = detached.amax(dim=0) if len(detached) else detached.new_full(detached.shape[1:], -math.inf)
-    shift = data_shift(x.detach(), distributed)
-    if distributed:
-        peak = reduce_over_processes(peak, dist.ReduceOp.MAX)
-    with full_precision(x.device):
-        sums = _weighted_sums(x - shift, log_tau, peak)
-    mean, var = moments(SumOverProcesses.apply(*sums) if distributed else sums)
-    return mean + shift, var
+    wide, dtype = wide_dtype(x, log_tau), statistics_dtype(x, log_tau)
+    mean, var = _component_statistics([(x.to(wide), log_tau.to(wide))], distributed)
+    return mean.to(dtype), var.to(dtype)
 
 
-def component_statistics_of_pieces(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """``component_statistics`` of an input that comes in pieces, the largest weight met so far kept at one.
-
-    Args:
-        parts: vectors ``(M, C)`` or maps ``(N, C, L)``, less a point near the mean of all, and their ``log_tau``.
-
-    Returns:
-        mean ``(K, C)`` about that point, biased variance ``(K, C)``, logarithm of each sum of posteriors ``(K,)``.
-    """
+def _component_statistics(parts: Iterable[tuple[Tensor, Tensor]], distributed: bool = False) -> tuple[Tensor, Tensor]:
+    """``component_statistics`` of a batch that comes in parts; the largest weight met so far is kept at one."""
     peak: Tensor | None = None
     sums: tuple[Tensor, ...] = ()
     for x, log_tau in parts:
-        before, largest = peak, log_tau.amax(_vectors_of(log_tau))
-        peak = largest if before is None else torch.maximum(before, largest)
-        own = _weighted_sums(x, log_tau, peak)
-        if before is not None:
-            kept = (before - peak).exp()[:, None]
-            own = tuple(held * kept + part for held, part in zip(sums, own, strict=True))
-        sums = own
-    if peak is None:
-        raise ValueError("There must be a piece, received none.")
-    return *moments(sums), peak + sums[0][:, 0].log()
-
-
-def moments(sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(K, C)``, of sums of weights ``(K, 1)``, of weighted vectors and of their squares."""
+        found = log_tau.detach()
+        largest = found.amax(dim=0) if len(found) else found.new_full(found.shape[1:], -math.inf)
+        before, peak = peak, largest if peak is None else torch.maximum(peak, largest)
+        with full_precision(x.device):
+            weight = (log_tau - peak).exp()
+            own = weight.sum(dim=0)[:, None], weight.T @ x, weight.T @ x.square()
+        sums = own if before is None else _plus(sums, (before - peak).exp(), own)
+    assert peak is not None, "a batch has at least one part"
+    if distributed:
+        most = reduce_over_processes(peak, dist.ReduceOp.MAX)
+        sums = SumOverProcesses.apply(*(part * (peak - most).exp()[:, None] for part in sums))
     total, first, second = sums
     mean = first / total
     return mean, (second / total - mean.square()).clamp_min(0)
 
 
-def _weighted_sums(x: Tensor, log_tau: Tensor, peak: Tensor) -> tuple[Tensor, ...]:
-    """Of weights ``exp(log_tau - peak)``: their total ``(K, 1)``, and the first and second moments, both ``(K, C)``."""
-    weight = (log_tau - along_features(peak, log_tau)).exp()
-    total = weight.sum(_vectors_of(weight))[:, None]
-    return total, weighted_sum(weight, x), weighted_sum(weight, x.square())
-
-
-def _vectors_of(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of vectors ``(M, C)`` or maps ``(N, C, L)`` that are not features."""
-    return (0,) if x.dim() == 2 else (0, 2)
-
-
-def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """``(K, C)`` of weights ``(M, K)`` and vectors ``(M, C)``, or of ``(N, K, L)`` and ``(N, C, L)``."""
-    if x.dim() == 2:
-        return weight.T @ x
-    if weight.shape[2] >= weight.shape[1]:  # the sums of each sample take no more memory than x
-        return torch.bmm(weight, x.transpose(1, 2)).sum(dim=0)
-    return weight.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
-
-
-class Combination(NamedTuple):
-    """``sum_k coefficient_k (x - mean_k) / sqrt(var_k + eps)``, prepared for many chunks of vectors.
-
-    What the components share is kept out of the products, so that equal components give the exact result however many
-    there are: ``shift`` and ``shared`` ``(C,)``, ``scales`` and ``offsets`` ``(K, C)``.
-    """
-
-    shift: Tensor
-    shared: Tensor
-    scales: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def of(cls, mean: Tensor, var: Tensor, eps: float) -> Combination:
-        """Of statistics ``(K, C)``."""
-        shift, rstd = mean.mean(dim=0), torch.rsqrt(var + eps)
-        shared = rstd.mean(dim=0)
-        return cls(shift, shared, rstd - shared, (shift - mean) * rstd)
-
-    def apply(self, x: Tensor, coefficient: Tensor) -> Tensor:
-        """``(M, C)`` of vectors ``(M, C)`` and coefficients ``(M, K)``; ``(N, C, L)`` of the same and ``(N, K, L)``."""
-        shared = coefficient.sum(dim=1, keepdim=True) * along_features(self.shared, x)
-        scale = product(coefficient, self.scales, shared)
-        return torch.addcmul(product(coefficient, self.offsets), x - along_features(self.shift, x), scale)
+def _plus(held: tuple[Tensor, ...], kept: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a * kept[:, None] + b for a, b in zip(held, own, strict=True))
 
 
 def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:
@@ -144,37 +78,25 @@ def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: f
     Two matrix products; no copy of ``x`` a component is made.
 
     Args:
-        x: ``(M, C)``, float32 at least.
+        x: ``(M, C)``.
         coefficient: ``(M, K)``.
         mean: ``(K, C)``.
         var: ``(K, C)``.
         eps: added to ``var``.
 
     Returns:
-        ``(M, C)``.
+        ``(M, C)``, float32 at least.
     """
+    wide = wide_dtype(x, coefficient, mean, var)
     with full_precision(x.device):
-        return Combination.of(mean, var, eps).apply(x, coefficient)
+        coefficient, mean, rstd = coefficient.to(wide), mean.to(wide), torch.rsqrt(var.to(wide) + eps)
+        out = torch.addcmul(coefficient @ (-mean * rstd), x.to(wide), coefficient @ rstd)
+    return out.to(statistics_dtype(x, coefficient, mean, var))
 
 
-def _feature_vectors(x: Tensor, feature_dim: int) -> Tensor:
-    """All feature vectors of ``x`` as ``(M, C)``."""
-    return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
-
-
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``x * weight + bias`` of vectors ``(M, C)`` or maps ``(N, C, L)``, each ``(C,)`` where there is one."""
-    x = x if weight is None else x * along_features(weight, x)
-    return x if bias is None else x + along_features(bias, x)
-
-
-def _restored(vectors: Tensor, like: Tensor, feature_dim: int) -> Tensor:
-    """Vectors ``(M, C)`` in the shape, dtype and storage order of the input they come from."""
-    shape = like.movedim(feature_dim, -1).shape
-    out = vectors.to(like.dtype).reshape(shape).movedim(-1, feature_dim)
-    if feature_dim == 1 and like.is_contiguous() and not torch.compiler.is_compiling():
-        out = out.contiguous()
-    return out
+def _vectors_of(x: Tensor, feature_dim: int, shift: Tensor) -> Tensor:
+    """All feature vectors of ``x`` less the shift, ``(M, C)``."""
+    return x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim]).to(shift.dtype) - shift
 
 
 def combine(
@@ -206,8 +128,49 @@ def combine(
     Returns:
         The output, of the shape and dtype of ``x``, and the statistics.
     """
-    vectors = _feature_vectors(x, feature_dim).to(densities.shift.dtype) - densities.shift
-    log_tau = densities.log(vectors).log_softmax(dim=1)
-    used = component_statistics(vectors, log_tau, distributed=distributed) if statistics is None else statistics
-    combined = affine(mixture(vectors, log_tau.exp() * factor, *used, eps=eps), weight, bias)
-    return _restored(combined, x, feature_dim), used
+    vectors = _vectors_of(x, feature_dim, densities.shift)
+    log_tau = densities.log_posteriors(vectors)
+    used = _component_statistics([(vectors, log_tau)], distributed) if statistics is None else statistics
+    out = mixture(vectors, log_tau.exp() * factor, *used, eps=eps)
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    restored = out.to(x.dtype).reshape(x.movedim(feature_dim, -1).shape).movedim(-1, feature_dim)
+    if feature_dim == 1 and x.is_contiguous() and not torch.compiler.is_compiling():
+        restored = restored.contiguous()
+    return restored, used
+
+
+def combine_in_pieces(
+    x: Tensor, densities: Densities, factor: Tensor, statistics: tuple[Tensor, Tensor], **options: Any
+) -> Tensor:
+    """``combine`` with given statistics and without gradients, a piece after another: little memory beside ``x``."""
+    out = torch.empty_like(x)
+    most, feature_dim = _piece_numbers(x, densities), options["feature_dim"]
+    for part, into in zip(_pieces(x, feature_dim, most), _pieces(out, feature_dim, most), strict=True):
+        into.copy_(combine(part, densities, factor, statistics, **options)[0])
+    return out
+
+
+def batch_statistics(x: Tensor, densities: Densities, feature_dim: int) -> tuple[Tensor, Tensor]:
+    """The statistics that ``combine`` finds in a batch that is not empty, without gradients, a piece after another."""
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in _pieces(x, feature_dim, _piece_numbers(x, densities)):
+            vectors = _vectors_of(part, feature_dim, densities.shift)
+            yield vectors, densities.log_posteriors(vectors)
+
+    return _component_statistics(parts())
+
+
+def _piece_numbers(x: Tensor, densities: Densities) -> int:
+    """Numbers of ``x`` in a piece, of which neither vectors nor posteriors are more than ``piece_size``."""
+    features, components = densities.squared.shape
+    return piece_size(x.device) * features // max(features, components)
+
+
+def _pieces(x: Tensor, feature_dim: int, most: int) -> list[Tensor]:
+    """Views of at most ``most`` numbers each, or of one vector; axes are halved from the first on."""
+    axes = [axis for axis in range(x.dim()) if axis != feature_dim % x.dim() and x.shape[axis] > 1]
+    if x.numel() <= most or not axes:
+        return [x]
+    return [piece for half in x.tensor_split(2, axes[0]) for piece in _pieces(half, feature_dim, most)]

@@ -8,7 +8,9 @@ Shape legend: ``M`` vectors, ``C`` features, ``K`` components. Everything is flo
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -24,7 +26,6 @@ __all__ = [
     "Mixture",
     "MixtureStatistics",
     "SumOverProcesses",
-    "along_features",
     "data_shift",
     "fit_mixture",
     "full_precision",
@@ -33,13 +34,14 @@ __all__ = [
     "log_posteriors",
     "mixture_statistics",
     "mixture_update",
+    "piece_size",
     "place_among_processes",
     "posteriors",
-    "product",
     "reduce_over_processes",
     "seed_mixture",
     "statistics_dtype",
     "sum_over_processes",
+    "wide_dtype",
 ]
 
 
@@ -55,6 +57,11 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def piece_size(device: torch.device) -> int:
+    """Numbers that are computed with at a time: in caches on a CPU, elsewhere few launches in little memory."""
+    return 2**18 if device.type == "cpu" else 2**26
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, where it is on."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
@@ -62,77 +69,57 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def product(x: Tensor, table: Tensor, added: Tensor | None = None) -> Tensor:
-    """``x @ table + added`` for vectors ``x``, ``(M, C)``, or the same of maps ``(N, C, L)``, as they lie in memory.
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which sums of squares keep their digits: float64, or ``statistics_dtype`` on MPS, which has none.
 
-    Args:
-        x: ``(M, C)`` or ``(N, C, L)``.
-        table: ``(C, K)``.
-        added: ``(K,)``, or of the result's shape, or None for nothing.
-
-    Returns:
-        ``(M, K)`` or ``(N, K, L)``.
+    ``x^2 - 2 x mean + mean^2`` cancels by the square of the distance in standard deviations between the shift and a
+    component: float32 has no digit left a few thousand deviations away.
     """
-    if x.dim() == 2:  # without an addend, torch's product of small matrices is slower on a CPU
-        return torch.addmm(table.new_zeros(()) if added is None else added, x, table)
-    # Not baddbmm, which starts its sums at what is added: a large constant would cost them digits.
-    out = torch.bmm(table.T.expand(len(x), -1, -1), x)
-    return out if added is None else out.add_(along_features(added, x))
-
-
-def along_features(row: Tensor, x: Tensor) -> Tensor:
-    """A row of features, shaped to broadcast to vectors ``(M, C)`` or maps ``(N, C, L)``."""
-    return row[:, None] if row.dim() == 1 and x.dim() == 3 else row
+    dtype = statistics_dtype(*tensors)
+    return dtype if tensors[0].device.type == "mps" else torch.float64
 
 
 class Densities(NamedTuple):
     """Log-densities of diagonal Gaussians about a shared shift, prepared for many chunks of vectors.
 
-    ``shift`` ``(C,)``, ``squared`` and ``linear`` ``(C, K)``, ``constant`` ``(K,)``; beyond ``reach`` ``()`` the square
-    would overflow, and a vector that far belongs where its bounded one does. ``level`` ``(K,)`` is the logarithm at the
-    mean, times the prior: what ``constant`` is without its part of the expanded square.
+    ``shift`` ``(C,)``, ``squared`` and ``linear`` ``(C, K)``, ``constant`` ``(K,)``; in ``wide_dtype``.
     """
 
     shift: Tensor
     squared: Tensor
     linear: Tensor
     constant: Tensor
-    reach: Tensor
-    level: Tensor
 
     @classmethod
     def of(cls, mean: Tensor, var: Tensor, prior: Tensor | None = None, shift: Tensor | None = None) -> Densities:
         """Of means and positive variances ``(K, C)``, times priors ``(K,)``; without a shift, the mean of the means."""
-        features = mean.shape[1]
         shift = mean.mean(dim=0) if shift is None else shift
         mean, precision = mean - shift, var.reciprocal()
-        largest = precision.detach().max().clamp_min(1)
-        reach = (torch.finfo(mean.dtype).max / (16 * features * largest)).sqrt()
-        normalizer = features * math.log(2 * math.pi)
-        constant = -0.5 * ((mean.square() * precision + var.log()).sum(dim=1) + normalizer)
-        level = -0.5 * (var.log().sum(dim=1) + normalizer)
+        constant = -0.5 * (mean.square() * precision + var.log() + math.log(2 * math.pi)).sum(dim=1)
         if prior is not None:
-            log_prior = prior.to(constant.dtype).log()
-            constant, level = constant + log_prior, level + log_prior
-        return cls(shift, -0.5 * precision.T, (mean * precision).T, constant, reach, level)
-
-    def bounded(self, centered: Tensor) -> Tensor:
-        """Vectors no farther than ``reach``."""
-        if centered.device.type == "cpu" and not centered.requires_grad:  # clamp by tensors is not vectorised there
-            return torch.maximum(torch.minimum(centered, self.reach), -self.reach)
-        return centered.clamp(-self.reach, self.reach)
+            constant = constant + prior.to(constant.dtype).log()
+        return cls(shift, -0.5 * precision.T, (mean * precision).T, constant)
 
     def log(self, centered: Tensor) -> Tensor:
-        """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from; ``(N, K, L)`` of ``(N, C, L)``."""
-        bounded = self.bounded(centered)
-        return product(bounded, self.linear, product(bounded.square(), self.squared, self.constant))
+        """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from."""
+        reach = torch.finfo(centered.dtype).max ** 0.25  # farther away, the square would overflow
+        bounded = centered.clamp(-reach, reach)
+        return torch.addmm(torch.addmm(self.constant, bounded.square(), self.squared), bounded, self.linear)
+
+    def log_posteriors(self, centered: Tensor) -> Tensor:
+        """Logarithm of the probability of each component given a vector, ``(M, K)``; arguments of ``log``."""
+        return self.log(centered).log_softmax(dim=1)
+
+
+def _densities_at(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> tuple[Densities, Tensor, torch.dtype]:
+    """Densities, the vectors less their shift, and the dtype of results."""
+    dtype = wide_dtype(x, mean, var)
+    densities = Densities.of(mean.to(dtype), var.to(dtype), prior)
+    return densities, x.to(dtype) - densities.shift, statistics_dtype(x, mean, var)
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Log-density of vectors under diagonal Gaussians, by matrix products.
-
-    ``x`` and all means are first shifted by the mean of the means; without it the expanded square cancels in float32
-    once ``|mean|`` is much larger than the standard deviation.
 
     Args:
         x: ``(M, C)``.
@@ -142,19 +129,16 @@ def gaussian_log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     Returns:
         ``(M, K)``, float32 at least.
     """
-    return _joint_log_density(x, mean, var, None)
-
-
-def _joint_log_density(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> Tensor:
-    dtype = statistics_dtype(x, mean, var)
     with full_precision(x.device):
-        densities = Densities.of(mean.to(dtype), var.to(dtype), prior)
-        return densities.log(x.to(dtype) - densities.shift)
+        densities, centered, dtype = _densities_at(x, mean, var, None)
+        return densities.log(centered).to(dtype)
 
 
 def log_posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> Tensor:
     """Logarithm of ``posteriors``, same arguments: finite where the posterior itself underflows."""
-    return _joint_log_density(x, mean, var, prior).log_softmax(dim=1)
+    with full_precision(x.device):
+        densities, centered, dtype = _densities_at(x, mean, var, prior)
+        return densities.log_posteriors(centered).to(dtype)
 
 
 def posteriors(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -264,24 +248,34 @@ def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, s
         shift: ``(C,)``, near the data's mean, the same for every chunk: sums are taken about it for precision.
 
     Returns:
-        The chunk's statistics.
+        The chunk's statistics, in ``wide_dtype``.
     """
-    joint = _joint_log_density(x, mean, var, prior)
-    log_norm = joint.logsumexp(dim=1)
-    responsibility = (joint - log_norm[:, None]).exp()
-    return _weighted_statistics(x.to(joint.dtype), responsibility, log_norm.sum(), shift)
+    dtype = wide_dtype(x, mean, var)
 
+    def responsibilities(centered: Tensor) -> tuple[Tensor, Tensor]:
+        joint = densities.log(centered)
+        log_norm = joint.logsumexp(dim=1)
+        return (joint - log_norm[:, None]).exp(), log_norm.sum()
 
-def _weighted_statistics(x: Tensor, weight: Tensor, log_likelihood: Tensor, shift: Tensor) -> MixtureStatistics:
     with full_precision(x.device):
-        centered = x - shift
-        return MixtureStatistics(
-            weight.sum(dim=0),
-            weight.T @ centered,
-            weight.T @ centered.square(),
-            log_likelihood,
-            weight.new_full((), len(x)),
+        densities = Densities.of(mean.to(dtype), var.to(dtype), prior, shift.to(dtype))
+        return _weighted_statistics(x, shift, responsibilities)
+
+
+def _weighted_statistics(
+    x: Tensor, shift: Tensor, weigh: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> MixtureStatistics:
+    """Statistics about a shift, a piece after another: ``weigh`` returns a piece's weights and log-likelihood."""
+    dtype = wide_dtype(x, shift)
+    parts = []
+    for part in torch.split(x, max(1, piece_size(x.device) // x.shape[1])):
+        centered = part.to(dtype) - shift
+        weight, log_likelihood = weigh(centered)
+        first, second = weight.T @ centered, weight.T @ centered.square()
+        parts.append(
+            MixtureStatistics(weight.sum(dim=0), first, second, log_likelihood, weight.new_full((), len(part)))
         )
+    return functools.reduce(MixtureStatistics.plus, parts)
 
 
 def mixture_update(
@@ -374,11 +368,16 @@ def seed_mixture(
     x = x.to(statistics_dtype(x))
     centers = kmeans_plusplus(x, num_components, seed=seed, distributed=distributed)
     shift = data_shift(x, distributed) if shift is None else shift
-    nearest = gaussian_log_density(x, centers, torch.ones_like(centers)).argmax(dim=1)
-    stats = _weighted_statistics(x, F.one_hot(nearest, num_components).to(x.dtype), x.new_zeros(()), shift)
+
+    def nearest(centered: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.cdist(centered, (centers - shift).to(centered.dtype)).argmin(dim=1)
+        return F.one_hot(places, num_components).to(centered.dtype), centered.new_zeros(())
+
+    with full_precision(x.device):
+        stats = _weighted_statistics(x, shift, nearest)
     if distributed:
         stats = MixtureStatistics(*sum_over_processes(stats))
-    mean, var, prior = mixture_update(stats, shift=shift, reg_covar=reg_covar)
+    mean, var, prior = (part.to(x.dtype) for part in mixture_update(stats, shift=shift, reg_covar=reg_covar))
     return Mixture(mean, var, prior, x.new_full((), math.nan), 0)
 
 
@@ -425,4 +424,5 @@ def fit_mixture(
             if abs(current - previous) < tol:
                 break
             previous = current
+    mean, var, prior, log_likelihood = (part.to(x.dtype) for part in (mean, var, prior, log_likelihood))
     return Mixture(mean, var, prior, log_likelihood, iterations)

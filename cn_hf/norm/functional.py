@@ -22,14 +22,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cn_hf.errors import ContextIdError
-from cn_hf.norm import formulas, kernels, pieces
+from cn_hf.norm import cpu_combination, formulas, kernels
 from cn_hf.norm.choices import check_choice
-from cn_hf.norm.combination import (
-    Combination,
-    combine,
-    component_statistics,
-    mixture,
-)
+from cn_hf.norm.combination import batch_statistics, combine, combine_in_pieces, component_statistics, mixture
 from cn_hf.norm.em import (
     Densities,
     Mixture,
@@ -43,9 +38,9 @@ from cn_hf.norm.em import (
     posteriors,
     seed_mixture,
     statistics_dtype,
+    wide_dtype,
 )
 from cn_hf.norm.layout import check_devices
-from cn_hf.norm.mixture_kernels import fused_mixture_norm
 
 __all__ = [
     "Mixture",
@@ -247,9 +242,8 @@ def context_norm_plus(
 ) -> Tensor:
     """CN+ (Eq. 9): all contexts combined by their posteriors, priors 1/T, for inputs whose context is unknown.
 
-    Time is that of ``T`` contexts for each vector. Memory beyond ``x``, its result and the statistics is bounded with
-    ``plus_stats="learned"`` and no gradients; otherwise all ``M x T`` posteriors are held a few times, never ``T``
-    copies of ``x``.
+    Time is that of ``T`` contexts for each vector. Without gradients, memory beyond ``x``, its result and the
+    statistics is bounded; with them all ``M x T`` posteriors are held a few times, never ``T`` copies of ``x``.
 
     Args:
         x: activations ``(N, ..., C)`` or ``(N, C, ...)``.
@@ -278,24 +272,20 @@ def context_norm_plus(
         )  # fmt: skip
         return out.movedim(1, feature_dim)
     check_devices(x, mean, var, weight, bias)
-    dtype = statistics_dtype(x, mean, var)
+    dtype = wide_dtype(x, mean, var)
     with full_precision(x.device):
         mean, var = mean.to(dtype), var.to(dtype)
-        densities = Densities.of(mean, var + eps)
-        mean = mean - densities.shift  # before anything is rounded: results do not depend on it, their digits do
-        factor = math.sqrt(len(mean)) if plus_scale == "sqrt_t" else 1.0
+        shift = mean.mean(dim=0).float().to(dtype)  # a number that the CPU's kernel can subtract
+        densities = Densities.of(mean, var + eps, shift=shift)
+        factor = mean.new_full((), math.sqrt(len(mean)) if plus_scale == "sqrt_t" else 1.0)
+        given = (mean - shift, var) if plus_stats == "learned" else None
         options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
         inputs = x, mean, var, weight, bias
-        seen = _seen(*inputs) or _differentiated(*inputs) or x.numel() == 0
-        if plus_stats == "learned" and not seen and kernels.on_gpu(x, mean, weight, bias):
-            from cn_hf.norm import triton_combination
-
-            combination = Combination.of(mean, var, eps)
-            done = triton_combination.combine(x, densities, combination, factor, weight, bias, feature_dim)
-            if done is not None:  # not too many contexts
-                return done
-        given = (mean, var) if plus_stats == "learned" else None
-        return (combine if seen else pieces.combine)(x, densities, mean.new_full((), factor), given, **options)[0]
+        if _seen(*inputs) or _differentiated(*inputs) or x.numel() == 0:
+            return combine(x, densities, factor, given, **options)[0]
+        given = batch_statistics(x, densities, feature_dim) if given is None else given
+        done = cpu_combination.combine(x, densities, factor, given, **options)
+        return combine_in_pieces(x, densities, factor, given, **options) if done is None else done
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -336,22 +326,17 @@ def mixture_norm(
         )  # fmt: skip
         return out.movedim(1, feature_dim), used
     check_devices(x, *theta[:3], *(statistics or ()), weight, bias)
-    dtype = statistics_dtype(x, theta.mean)
+    dtype = wide_dtype(x, theta.mean)
     with full_precision(x.device):
         mean, var, prior = (part.detach().to(dtype) for part in theta[:3])
         densities = Densities.of(mean, var, prior)
-        inputs = x, weight, bias, *(statistics or ())
-        seen = _seen(*inputs) or kernels.reference() or distributed or x.numel() == 0
-        if statistics is None and not seen:
-            out, mean, var = fused_mixture_norm(x, weight, bias, densities, prior, eps, feature_dim)
-            return out, (mean, var)
         options: dict[str, Any] = {"eps": eps, "feature_dim": feature_dim, "weight": weight, "bias": bias}
-        compute: Any = pieces.combine
-        if seen or _differentiated(*inputs):
-            compute, options["distributed"] = combine, distributed
         if statistics is None:
-            out, (center, var) = compute(x, densities, prior.rsqrt(), None, **options)
-            return out, (center + densities.shift, var)
-        mean, var = (part.to(dtype) for part in statistics)
-        out, _ = compute(x, densities, prior.rsqrt(), (mean - densities.shift, var), **options)
-        return out, (mean, var)
+            out, (center, var) = combine(x, densities, prior.rsqrt(), None, distributed=distributed, **options)
+            kept = statistics_dtype(x, theta.mean)
+            return out, ((center + densities.shift).to(kept), var.to(kept))
+        inputs = x, weight, bias, *statistics
+        given = statistics[0].to(dtype) - densities.shift, statistics[1].to(dtype)
+        if _seen(*inputs) or _differentiated(*inputs) or x.numel() == 0:
+            return combine(x, densities, prior.rsqrt(), given, **options)[0], statistics
+        return combine_in_pieces(x, densities, prior.rsqrt(), given, **options), statistics

@@ -36,7 +36,7 @@ from cn_hf.norm import cpu_kernels, formulas, native
 from cn_hf.norm.formulas import Gradients
 from cn_hf.norm.layout import check_devices, stored_like
 
-__all__ = ["describe", "fused", "norm_shift_scale", "on_gpu", "reference", "shift_scale", "use_kernels"]
+__all__ = ["describe", "fused", "norm_shift_scale", "reference", "shift_scale", "use_kernels"]
 
 CHOICES = ("auto", "reference")
 
@@ -88,11 +88,6 @@ def fused(device_type: str, dtype: torch.dtype) -> bool:
 
 # As torch.compiler.assume_constant_result does, which would import the compiler.
 fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def on_gpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether there are kernels of our own for ``x`` on a GPU, and the others are there with it."""
-    return x.is_cuda and all(other is None or other.device == x.device for other in others) and fused("cuda", x.dtype)
 
 
 @cache

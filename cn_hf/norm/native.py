@@ -29,7 +29,7 @@ __all__ = ["DTYPES", "Coefficients", "Components", "call", "compiler", "library"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of ``x`` there are kernels for; coefficients are float32."""
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native_kernels.cpp", "native_mixture.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("native_kernels.cpp", "native_combination.cpp")]
 HEADER = Path(__file__).with_name("native_types.h")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 _FLAGS += ["-fvisibility=hidden", "-shared", "-fPIC"]
@@ -57,7 +57,7 @@ class Components(ctypes.Structure):
     """``Components`` of the source: addresses."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("shift", "squared", "linear", "level", "reach")),
+        *((name, ctypes.c_void_p) for name in ("shift", "scale", "offset", "level", "reach")),
         *((name, ctypes.c_void_p) for name in ("center", "shared", "scales", "offsets", "factor")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
     ]
@@ -74,11 +74,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rows_backward": [*[_POINTER] * 5, Coefficients, *[_SIZE] * 3, _INT],
     "vectors_forward": [*[_POINTER] * 4, Coefficients, *[_SIZE] * 3, _FLOAT, *[_INT] * 2],
     "vectors_backward": [*[_POINTER] * 7, Coefficients, *[_SIZE] * 4, *[_INT] * 2],
-    "mixture_forward": [*[_POINTER] * 4, Components, *[_SIZE] * 4, *[_INT] * 2],
-    "mixture_sums": [*[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 2],
+    "combine": [*[_POINTER] * 2, Components, *[_SIZE] * 4, *[_INT] * 2],
 }
 
-_MAY_FAIL = ("mixture_forward", "mixture_sums")  # for want of memory: then they return 0
+_MAY_FAIL = ("combine",)  # for want of memory: then they return 0
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any, work: int = 0) -> None:

@@ -39,7 +39,6 @@ def _step(layout: Layout, dtype: torch.dtype, settings: Settings) -> Trial:
         rival=BN,
         shape=layout.shape_in_words,
         dtype=dtype_name(dtype),
-        limit=3.0 if settings.on_gpu else None,
         headline=layout.name == "maps" and dtype == settings.headline_dtype,
     )
 
