@@ -93,6 +93,36 @@ def test_torch_export(make: Callable[[], nn.Module], options: dict[str, Any]) ->
         assert difference(logits(plain(x)), logits(model(x, context_ids=1))) <= 1e-5
 
 
+def is_nan_where_no_context(run: Callable[..., Tensor], model: nn.Module) -> None:
+    ids = torch.tensor([1, -1, 2, 3, 0, -3, 2**40])
+    valid = (ids >= 0) & (ids < 3)
+    out, expected = run(images(7), ids), logits(model(images(7), context_ids=ids.where(valid, 0)))
+    assert difference(out[valid], expected[valid]) <= 1e-5
+    assert bool(out[~valid].isnan().all())
+
+
+GUARDED = [*(NAMED[index] for index in (0, 1, 2, 5)), pytest.param(small_convnet, {"mode": "dsbn"}, id="dsbn")]
+
+
+@pytest.mark.parametrize(("make", "options"), GUARDED)
+@torch.no_grad()
+def test_an_id_that_is_no_context_gives_nan(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    model = patched(make, options)
+    dynamic = shapes(model, "context_ids")
+    graph = torch.export.export(model, (images(),), {"context_ids": ids_of(4)}, dynamic_shapes=dynamic).module()
+    is_nan_where_no_context(lambda x, ids: logits(graph(x, context_ids=ids)), model)
+
+
+@torch.no_grad()
+def test_an_id_that_is_none_of_many_contexts_gives_nan() -> None:
+    model = patched(small_convnet, {"num_contexts": 300, "embedding_dim": 3})
+    graph = torch.export.export(model, (images(),), {"context_ids": ids_of(4)}).module()
+    ids = torch.tensor([299, -1, 300, 0])
+    out = graph(images(), context_ids=ids)
+    assert difference(out[[0, 3]], model(images()[[0, 3]], context_ids=ids[[0, 3]])) <= 1e-5
+    assert bool(out[[1, 2]].isnan().all())
+
+
 # ---------------------------------------------------------------------------------------------------------------- ONNX
 
 
@@ -130,6 +160,7 @@ def test_onnx(make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: 
         expected = logits(model(x, context_ids=ids))
         assert difference(run(x, ids), expected) <= 1e-5
         assert difference(run(x, (ids + 1) % 3), expected) > 1e-3
+    is_nan_where_no_context(run, model)
 
 
 @pytest.mark.slow

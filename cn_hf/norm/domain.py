@@ -18,6 +18,7 @@ from cn_hf.errors import ContextIdError, InputShapeError
 from cn_hf.norm.choices import check_integer, check_number
 from cn_hf.norm.em import statistics_dtype
 from cn_hf.norm.formulas import along
+from cn_hf.norm.functional import context_rows
 from cn_hf.norm.ids import ContextIds
 from cn_hf.norm.layers import FeatureNorm, checked_ids
 from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_batch_norm
@@ -120,15 +121,14 @@ class DomainBatchNorm(FeatureNorm):
                 'context_ids, or set_inference(model, "average") to try all contexts.'
             )
         own_weight, own_bias = self._affine(weight, bias)
-        ids = ids.expand(x.shape[0]) if len(ids) == 1 else ids
         if self.training:
-            return self._by_batch(x, ids, own_weight, own_bias)
+            return self._by_batch(x, ids.expand(x.shape[0]) if len(ids) == 1 else ids, own_weight, own_bias)
         wide = statistics_dtype(x, self.running_mean)
         scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
         scale = scale if own_weight is None else scale * own_weight
         offset = -self.running_mean.to(wide) * scale
         offset = offset if own_bias is None else offset + own_bias
-        offset, scale = (along(table[ids], x, self.feature_dim) for table in (offset, scale))
+        offset, scale = (along(context_rows(table, ids), x, self.feature_dim) for table in (offset, scale))
         return torch.addcmul(offset, x.to(wide), scale).to(x.dtype)
 
     def _affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

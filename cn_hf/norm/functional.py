@@ -133,6 +133,8 @@ def _looked_into(*tensors: Tensor | None) -> bool:
 def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = False) -> Tensor:
     """The row of ``table`` that belongs to each sample: a look-up for hard ids, a weighted mean for soft ones.
 
+    In an exported graph, where nothing checks them, ids outside ``0..T-1`` give rows of NaN.
+
     Args:
         table: ``(T, C)``.
         context_ids: int64 ``(N,)``, a Python int, or float weights ``(N, T)``.
@@ -153,6 +155,10 @@ def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = Fal
     if context_ids.is_floating_point():
         with full_precision(table.device):
             return context_ids.to(table.dtype) @ table
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        none = len(table)  # an index of ONNX counts from the end if it is negative, and one too large stops the run
+        context_ids = torch.where((context_ids < 0) | (context_ids >= none), none, context_ids)
+        table = F.pad(table, (0, 0, 0, 1), value=math.nan)
     return F.embedding(context_ids, table, sparse=sparse and not torch.compiler.is_compiling())
 
 
