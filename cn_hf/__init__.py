@@ -13,6 +13,7 @@ from cn_hf.registration import register_when_imported
 __version__ = "0.1.0"
 
 _HOMES = {
+    "cn_hf.adaptation": ("adapt",),
     "cn_hf.norm": ("ContextNorm", "MixtureNorm"),
     "cn_hf.patching": (
         "ContextNormConfig",
@@ -33,7 +34,20 @@ _HOMES = {
     "cn_hf.errors": ("CnHfError", "ConfigError", "ContextIdError", "PatchError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("contexts", "data", "errors", "evaluation", "hub", "models", "norm", "patching", "training")
+_SUBPACKAGES = (
+    "adaptation",
+    "contexts",
+    "data",
+    "errors",
+    "evaluation",
+    "hub",
+    "models",
+    "norm",
+    "patching",
+    "reading",
+    "recipes",
+    "training",
+)
 
 __all__ = [
     "CnHfError",
@@ -44,6 +58,7 @@ __all__ = [
     "MixtureNorm",
     "PatchError",
     "__version__",
+    "adapt",
     "add_contexts",
     "calibrate",
     "context_parameters",
@@ -63,6 +78,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from cn_hf.adaptation import adapt
     from cn_hf.errors import CnHfError, ConfigError, ContextIdError, PatchError
     from cn_hf.hub import from_pretrained, push_to_hub, save_pretrained
     from cn_hf.norm import ContextNorm, MixtureNorm

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from cn_hf.errors import CheckpointError, ConfigError
-from cn_hf.patching.routing import router_of
+from cn_hf.errors import CheckpointError, ConfigError, InputTypeError
+from cn_hf.patching.routing import RoutedModel, router_of
 from cn_hf.reading.images import to_array
 
 __all__ = [
     "input_size_of",
     "known_labels",
     "label_names_of",
+    "preprocessing_of",
+    "record_pixel_statistics",
     "record_preprocessing",
     "restore_preprocessing",
     "save_image_processor",
@@ -155,6 +157,77 @@ def to_pixels(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
     pixels = torch.stack([torch.from_numpy(array.copy()) for array in arrays]).permute(0, 3, 1, 2).float() / 255
     mean, std = router.pixel_statistics(pixels)
     return (pixels - mean) / std
+
+
+def preprocessing_of(model: nn.Module, image_processor: Any = None) -> Callable[[Sequence[PIL.Image.Image]], Tensor]:
+    """Return what makes a batch for a model of PIL images, as its own library does.
+
+    Args:
+        model: a patched model that knows the mean and standard deviation of its pixels, a timm model, or a transformers
+            model that was loaded with a processor beside it.
+        image_processor: of transformers; goes before what the model knows.
+
+    Returns:
+        A function from PIL images to float32 ``(N, C, H, W)``. It raises InputTypeError for a model that knows no
+        preprocessing.
+    """
+    if image_processor is not None:
+        return lambda images: _processed(image_processor, images)
+    described = getattr(model, "pretrained_cfg", None)
+    of_timm = isinstance(described, dict) and bool(described.get("input_size"))
+    whole = not of_timm or cast("dict[str, Any]", described).get("crop_mode") == "squash"  # as our training resizes
+    if whole and isinstance(model, RoutedModel) and _knows_pixels(model):
+        return lambda images: to_pixels(model, images)
+    if of_timm:
+        return lambda images: _by_timm(model, images)
+    return lambda images: _processed(_own_processor(model), images)
+
+
+def record_pixel_statistics(model: nn.Module, image_processor: Any = None) -> None:
+    """Let a patched model know the mean and standard deviation of its pixels, where its library says them."""
+    router = router_of(model)
+    described = getattr(model, "pretrained_cfg", None)
+    values = described if isinstance(described, dict) else getattr(image_processor, "__dict__", {})
+    mean, std = (values.get(name, values.get(f"image_{name}")) for name in ("mean", "std"))
+    if mean and std and not _knows_pixels(model):
+        router.pixel_mean, router.pixel_std = tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _knows_pixels(model: nn.Module) -> bool:
+    router = router_of(model)
+    return (router.pixel_mean, router.pixel_std) != ((0.0,), (1.0,))
+
+
+def _processed(processor: Any, images: Sequence[PIL.Image.Image]) -> Tensor:
+    upright = [_upright(image).convert("RGB") for image in images]
+    pixels: Tensor = processor(upright, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _own_processor(model: nn.Module) -> Any:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    advice = "Pass float tensors as the model takes them, or image_processor=AutoImageProcessor.from_pretrained(...)."
+    if not name:
+        raise InputTypeError(
+            f"{type(model).__name__} knows no preprocessing for images that are not normalised. {advice}"
+        )
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputTypeError(f"No image processor is found at {name!r} ({error}). {advice}") from error
+
+
+def _by_timm(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
+    from timm.data import create_transform, resolve_data_config
+
+    channels = input_size_of(model)[0]
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise ConfigError(f"Image files have one channel or three, the model takes {channels}.")
+    transform = create_transform(**resolve_data_config({"in_chans": channels}, model=model), is_training=False)
+    return torch.stack([transform(_upright(image).convert(mode)) for image in images])
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

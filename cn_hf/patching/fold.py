@@ -20,7 +20,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from cn_hf.errors import PatchError
-from cn_hf.norm import ContextNorm
+from cn_hf.norm import ContextNorm, DomainBatchNorm
+from cn_hf.norm.functional import context_rows
 from cn_hf.norm.ids import ContextIds
 from cn_hf.patching.convert import NORMS, Slot, qualified_name
 from cn_hf.patching.patch import own_slots, unpatch_model
@@ -34,7 +35,7 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
     """A plain copy of a patched model for one fixed context: same evaluation output, no cn_hf in it.
 
     Args:
-        model: a patched model of a cn mode; it is not changed.
+        model: a patched model of a cn mode or ``"dsbn"``; it is not changed.
         context: an id, a name, or weights ``(1, T)``.
 
     Returns:
@@ -47,10 +48,11 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
     """
     router = router_of(model)
     slots = own_slots(model)
-    if not all(isinstance(slot.normalizer, ContextNorm) for _, slot in slots):
+    if not all(isinstance(slot.normalizer, (ContextNorm, DomainBatchNorm)) for _, slot in slots):
         raise PatchError(f"fold_context needs context normalization; the model's mode is {router.config.mode!r}.")
     ids = router.resolve(context, 1, torch.device("cpu"))
     folded = copied(model).eval()
+    slots_by_name = dict(slots)
     plans = [(name, *_plan(slot, ids)) for name, slot in slots]
     unpatch_model(folded)
     folder = _Folder(folded)
@@ -64,19 +66,24 @@ def fold_context(model: nn.Module, context: ContextIds) -> nn.Module:
                 folder.output(module, scale, offset, maps)
             else:
                 folder.norm(module, scale, offset, maps, kept, norm_eps)
+                folder.own_affine(module, slots_by_name[name].normalizer, ids)
     return folded.eval()
 
 
 def _plan(slot: Slot, ids: Tensor) -> tuple[str, bool, float, bool, Tensor, Tensor]:
     """Role, whether the norm's own standardisation stays, eps, whether on maps, and the context's affine map."""
-    norm = cast(ContextNorm, slot.normalizer)
+    norm = cast(Any, slot.normalizer)
+    kept = getattr(slot, "keep_statistics", True)
     with torch.no_grad():
+        if isinstance(norm, DomainBatchNorm):  # its affine map may be negative, and so is no part of a variance
+            mean, var = (context_rows(table.double(), ids)[0] for table in (norm.running_mean, norm.running_var))
+            scale = torch.rsqrt(var + norm.eps)
+            return slot.recipe[1][0], kept, norm.eps, norm.feature_dim == 1, scale, -mean * scale
         mean, var = (row[0].double() for row in norm.rows(ids.to(next(norm.parameters()).device)))
         scale = torch.rsqrt(var + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
         offset = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
-    kept = getattr(slot, "keep_statistics", True)
     return slot.recipe[1][0], kept, norm.eps, norm.feature_dim == 1, scale, offset
 
 
@@ -134,6 +141,16 @@ class _Folder:
         fused = [norm._modules[name] for name in ("drop", "act", "activation") if entry.fused and name in norm._modules]
         first = [_without_affine(norm, entry.fused)] if kept else []
         self._replace(norm, nn.Sequential(*first, after, *fused))
+
+    def own_affine(self, norm: Any, normalizer: Any, ids: Tensor) -> None:
+        """Put a context's own affine map (``"dsbn"``) before that of the batch norm."""
+        if not isinstance(normalizer, DomainBatchNorm) or normalizer.weight is None or normalizer.bias is None:
+            return
+        weight, bias = (context_rows(t.double(), ids)[0] for t in (normalizer.weight, normalizer.bias))
+        after = None if norm.weight is None else norm.weight.double()
+        bias = bias if after is None else bias * after
+        self._set(norm, "weight", weight if after is None else weight * after)
+        self._set(norm, "bias", bias if norm.bias is None else bias + norm.bias.double())
 
     # ------------------------------------------------------------------------------------------- inputs and embeddings
 

@@ -15,7 +15,7 @@ from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNo
 from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
 from cn_hf.patching.inference import apply_inference
-from cn_hf.patching.placement import Target, find_targets
+from cn_hf.patching.placement import Target, find_targets, fitting_mode
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.routing import RoutedModel, routed_class, router_of
 from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
@@ -44,8 +44,8 @@ def patch_model(
 
     Args:
         model: a timm, transformers or any other module, not wrapped and not compiled yet.
-        mode: ``"cn-patches"`` (the default), ``"cn-channels"``, ``"cn"`` (both), ``"dsbn"`` (a batch norm for each
-            context), or a baseline, ``"bn"`` or ``"mn"``.
+        mode: ``"cn-patches"``, ``"cn-channels"``, ``"cn"`` (both), ``"dsbn"`` (a batch norm for each context), or a
+            baseline, ``"bn"`` or ``"mn"``. None for the cn mode that fits the norms of the model.
         num_contexts: number of contexts (components for ``"mn"``); 3, the paper's K, by default.
         where: ``"norms"``, every norm layer of the mode's kind; ``"paper"``, the paper's placement; ``"input"``;
             ``"embed"``; module-name patterns (full name, suffix or regular expression); None for ``"norms"`` where the
@@ -63,6 +63,8 @@ def patch_model(
         PatchError: nothing matches, a pattern matches nothing, or the model is patched already. The model is unchanged.
     """
     _check_model(model)
+    if mode is None and config is None:
+        mode = fitting_mode(model)
     config = _build_config(config, mode, num_contexts, where, context_names, options)
     targets = find_targets(model, config)
     _check_targets(model, targets)

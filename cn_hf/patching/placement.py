@@ -18,7 +18,7 @@ from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import MIXING, NORMS, REFUSED, NormEntry, qualified_name
 from cn_hf.patching.swapped import own_class
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "fitting_mode"]
 
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -75,6 +75,25 @@ def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
     if where == "norms":
         return _all_norms(model, config.mode)
     return _input(model, config.mode) if where == "input" else _embed(model, config.mode)
+
+
+def fitting_mode(model: nn.Module) -> str:
+    """Return the cn mode of the norms that a model has.
+
+    ``"cn-channels"`` for norms of maps and norms with stored statistics, ``"cn-patches"`` for norms of tokens, ``"cn"``
+    where there are both. A model without norms gets ``"cn-patches"``, or ``"cn-channels"`` if it has no patch
+    embedding.
+    """
+    axes = {target.feature_dim for target in _norms(model, "cn")}
+    if len(axes) == 2:
+        return "cn"
+    if axes:
+        return "cn-channels" if 1 in axes else "cn-patches"
+    try:
+        _embed(model, "cn-patches")
+    except PatchError:
+        return "cn-channels"
+    return "cn-patches"
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
