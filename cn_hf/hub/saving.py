@@ -13,7 +13,7 @@ from torch import nn
 from cn_hf.contexts import ContextSource
 from cn_hf.errors import CheckpointError
 from cn_hf.hub.base_model import describe_base
-from cn_hf.hub.base_weights import base_fingerprint
+from cn_hf.hub.base_weights import base_fingerprint, base_origin
 from cn_hf.hub.description import SOURCE_FOLDER, Description, context_source_of
 from cn_hf.hub.weights import checksums, weights_in
 from cn_hf.patching.routing import router_of
