@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from models_for_tests import tell_apart, vit
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -149,3 +150,88 @@ def test_what_cn_hf_does_to_the_model_under_the_adapter(run: tuple[Any, Path]) -
     ):
         with pytest.raises(cn_hf.PatchError, match=r"wrapped in a ModulesToSaveWrapper.*merge_and_unload"):
             change()
+
+
+# -------------------------------------------------------------------------------------- adapters around a layer with CN
+
+
+def network() -> torch.nn.Module:
+    """A convolution whose input is normalised, and a linear layer behind."""
+    torch.manual_seed(1)
+    layers = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 256, 5)
+    return tell_apart(cn_hf.patch_model(torch.nn.Sequential(*layers), "cn-channels", where="input").eval())
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"r": 2},
+    "LoHaConfig": {"r": 2},
+    "LoKrConfig": {"r": 2},
+    "HRAConfig": {"r": 2},
+    "OFTConfig": {"oft_block_size": 8, "r": 0},
+    "IA3Config": {"feedforward_modules": []},
+}
+
+
+def adapted(model: torch.nn.Module, method: str, target: str, **options: Any) -> Any:
+    options = {**METHODS[method], **options}
+    if "feedforward_modules" in options:
+        options["feedforward_modules"] = [target]
+    adapter = peft.get_peft_model(model, getattr(peft, method)(target_modules=[target], **options)).eval()
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return adapter
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_an_adapter_around_a_layer_whose_input_is_normalised_is_refused(method: str) -> None:
+    model = adapted(network(), method, "0", **({"oft_block_size": 3} if method == "OFTConfig" else {}))
+    for call in (
+        lambda: model(IMAGES, context_ids=0),
+        lambda: model(IMAGES),
+        lambda: cn_hf.use_contexts(model.get_base_model(), 0).__enter__(),
+    ):
+        with pytest.raises(cn_hf.PatchError, match=r"input of 0 .*target_modules.*modules_to_save"):
+            call()
+    plain = model.unload()
+    assert torch.equal(plain(IMAGES, context_ids=1), network()(IMAGES, context_ids=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_an_adapter_behind_it_merges(method: str) -> None:
+    model = adapted(network(), method, "3", modules_to_save=["0"] if method == "LoraConfig" else None)
+    expected = model(IMAGES, context_ids=IDS)
+    assert not torch.allclose(expected, network()(IMAGES, context_ids=IDS), atol=1e-3)
+    torch.testing.assert_close(model.merge_and_unload()(IMAGES, context_ids=IDS), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@torch.no_grad()
+def test_a_projection_whose_output_is_normalised_takes_adapters(use_dora: bool) -> None:
+    model = adapted(tell_apart(cn_hf.patch_model(vit(), where="embed")), "LoraConfig", "proj", use_dora=use_dora)
+    expected = model(IMAGES, context_ids=IDS.new_tensor([0, 2, 1, 1]))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IMAGES, context_ids=[0, 2, 1, 1]), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_layer_norm_tuning_of_slots() -> None:
+    options = peft.LNTuningConfig(target_modules=["norm1", "norm2"])
+    model = peft.get_peft_model(tell_apart(cn_hf.patch_model(vit())), options).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
+    expected = model(IMAGES, context_ids=[0, 2, 1, 1])
+    with model.disable_adapter():
+        assert not torch.allclose(model(IMAGES, context_ids=[0, 2, 1, 1]), expected, atol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IMAGES, context_ids=[0, 2, 1, 1]), expected)
+
+
+def test_a_slots_class_called_makes_a_plain_layer() -> None:
+    model = network()
+    made = type(model[0])(2, 4, 1)
+    assert type(made) is torch.nn.Conv2d
+    assert made(torch.ones(1, 2, 3, 3)).shape == (1, 4, 3, 3)

@@ -71,6 +71,7 @@ def patch_model(
     new_root = routed_class(own_class(model))
     router = ContextRouter(config)
     router.root = weakref.ref(model)
+    router.inputs = tuple(target.name for target in targets if target.role == "input")
     normalizers = [_build_normalizer(model, target, config) for target in targets]
     unseen = [target.name for target in targets if _never_saw_data(target)]
 

@@ -53,6 +53,7 @@ class ContextRouter:
         lock: held by the thread whose call is running.
         observer: normalises in the slots' place while their inputs are measured, or None.
         moments: of the real inputs of each context, by the slot's name, where they were measured.
+        inputs: names of the modules whose input is normalised.
     """
 
     def __init__(self, config: ContextNormConfig) -> None:
@@ -66,6 +67,7 @@ class ContextRouter:
         self.pixel_std: tuple[float, ...] = (1.0,)
         self.observer: SlotObserver | None = None
         self.moments: dict[str, StoredMoments] = {}
+        self.inputs: tuple[str, ...] = ()
         self.root: weakref.ref[nn.Module] | None = None
         self.lock = threading.RLock()
 
@@ -174,7 +176,7 @@ class ContextRouter:
         if root is not None and id(root) not in memo:
             return self
         copied = ContextRouter(self.config)
-        copied.moments = copy.deepcopy(self.moments)
+        copied.moments, copied.inputs = copy.deepcopy(self.moments), self.inputs
         copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
         if root is not None:
             copied.root = weakref.ref(memo[id(root)])

@@ -26,7 +26,7 @@ from cn_hf.norm.synchronized import recomputing
 from cn_hf.patching.average import average_contexts, check_averages
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.router import ContextRouter
-from cn_hf.patching.swapped import Swapped, swap_class
+from cn_hf.patching.swapped import Swapped
 
 __all__ = ["RoutedModel", "add_root_mixin", "added_names", "routed_class", "router_of", "use_contexts"]
 
@@ -63,11 +63,6 @@ class RoutedModel(Swapped):
     """The root of a patched model: its own class, with ``context_ids`` as one more keyword of ``forward``."""
 
     router: ContextRouter
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Calling the class, as ``nn.Sequential`` does for its slices, makes a plain model: it has no router."""
-        swap_class(cast(nn.Module, self), self.original_class)
-        cast(Any, self).__init__(*args, **kwargs)
 
     @property
     def context_config(self) -> ContextNormConfig:
@@ -188,6 +183,7 @@ def _route(
             "the graph module, or use hooks or torch.export."
         )
     router: ContextRouter = model.router
+    _check_adapters(model, router)
     config = router.config
     if config.mode in BASELINES:
         return forward(model, *args, **kwargs)
@@ -224,6 +220,21 @@ def _route(
         return average_contexts(in_context, config.num_contexts, kwargs.get("labels"))
     predicted = router.predicted_ids(_images(args, kwargs)) if config.inference == "predict" else None
     return _run(router, lambda: forward(model, *args, **kwargs), predicted)
+
+
+def _check_adapters(model: nn.Module, router: ContextRouter) -> None:
+    """Refuse adapters around a layer whose input is normalised: they would see the input before that."""
+    for name in router.inputs:
+        module: Any = model
+        for part in name.split("."):
+            module = getattr(module, part, None)
+        if isinstance(module, nn.Module) and "base_layer" in module._modules:
+            raise PatchError(
+                f"The input of {name} is normalised by context, inside the layer; the adapter around it "
+                f"({type(module).__module__}.{type(module).__name__}) takes its input before that, so merging it would "
+                f"give another result. Leave {name} out of target_modules (exclude_modules={[name]!r}); to train it, "
+                f"modules_to_save={[name]!r}."
+            )
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -294,6 +305,7 @@ def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
         PatchError: the model is not patched.
     """
     router = router_of(model)
+    _check_adapters(model, router)
     tensor = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     ids = as_tensor(context_ids, router.config.context_names)

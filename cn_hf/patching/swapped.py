@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
@@ -18,6 +18,11 @@ class Swapped:
     adds: ClassVar[str | None] = None  # the name of the module that was added to it
     original_class: ClassVar[type[nn.Module]]
     recipe: ClassVar[tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a plain module where the class is called, as ``nn.Sequential`` does for slices and PEFT for factors."""
+        swap_class(cast(nn.Module, self), self.original_class)
+        cast(Any, self).__init__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the recipe of the class instead of the class, which no module contains."""
