@@ -138,6 +138,13 @@ def test_sixteen_bits_are_scaled_whatever_else_is_in_the_image():
     assert to_array(PIL.Image.fromarray(dark.astype(np.int32)), "L")[1, 1, 0] == 200  # of a wider type: 8 bits
 
 
+def test_sixteen_bits_are_scaled_by_257():
+    """White is white, and every 8-bit level is that of 257 16-bit ones: a division by 256 would give the last more."""
+    levels = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(to_array(PIL.Image.fromarray(levels), "L")[..., 0], levels // 257)
+    assert to_array(PIL.Image.fromarray(levels[1:]), "L")[0, 0, 0] == 256 // 257 == 0
+
+
 def test_float_images_and_wide_integers_are_refused_with_their_row():
     wide = PIL.Image.fromarray(np.full((4, 4), 70000, dtype=np.int32))
     floats = PIL.Image.fromarray(np.zeros((4, 4), dtype=np.float32))

@@ -187,6 +187,33 @@ def test_float32_em_is_close_to_float64() -> None:
     torch.testing.assert_close(narrow.var.double(), wide.var, atol=1e-5, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("num_features", "gap", "deviation"), [(8, 30.0, 0.03), (1, 100.0, 1e-3), (3, 1000.0, 0.05)])
+def test_float32_em_of_narrow_components_far_apart(num_features: int, gap: float, deviation: float) -> None:
+    """Sums of squares about one point cancel by (gap / deviation)^2: beyond all digits of float32."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.tensor([-gap, gap, gap + 8 * deviation])[torch.arange(3000) % 3, None]
+    x = centers + deviation * torch.randn(3000, num_features, generator=generator)
+    start = x[:3].clone(), torch.full((3, num_features), 4 * deviation**2), torch.full((3,), 1 / 3)
+    narrow, wide = (
+        em.fit_mixture(x.to(dtype), *(part.to(dtype) for part in start), num_iterations=10, tol=None, reg_covar=1e-9)
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(wide.var, torch.full_like(wide.var, deviation**2 + 1e-9), rtol=0.15, atol=0)
+    torch.testing.assert_close(narrow.var.double(), wide.var, rtol=1e-2, atol=0)
+    assert float(narrow.log_likelihood) == pytest.approx(float(wide.log_likelihood), abs=0.02)
+    tau = em.posteriors(x, *narrow[:3])
+    torch.testing.assert_close(tau.double(), em.posteriors(x.double(), *(part.double() for part in narrow[:3])))
+
+
+def test_a_variance_that_rounding_makes_negative_is_none() -> None:
+    """Second moments less squared means: of equal vectors that is a rounding of either sign."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    stats = em.MixtureStatistics(one[0], one, one * (1 - 1e-3), one[0, 0], one[0, 0])
+    for reg_covar in (1e-6, 0.0):
+        _, var, _ = em.mixture_update(stats, shift=torch.zeros(1, dtype=torch.float64), reg_covar=reg_covar)
+        assert var.item() == reg_covar
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_vectors_are_fitted_in_float32(dtype: torch.dtype) -> None:
     x = blobs(200).to(dtype)

@@ -206,6 +206,8 @@ def test_other_modes_come_back_in_colour() -> None:
     wide = PIL.Image.fromarray(photo[..., 0].astype(np.uint16) * 257)
     assert wide.mode.startswith("I")
     assert np.array_equal(np.asarray(restyle(model, wide)), expected)
+    brighter = np.minimum(photo[..., 0].astype(np.int64) * 257 + 256, 65535).astype(np.uint16)
+    assert np.array_equal(np.asarray(restyle(model, PIL.Image.fromarray(brighter))), expected)  # 257 levels each
     for mode in ("CMYK", "YCbCr", "P", "1", "HSV", "LAB"):
         image = PIL.Image.fromarray(photo).convert(mode) if mode != "LAB" else PIL.Image.new("LAB", (3, 2), (120, 9, 9))
         restyled = restyle(model, image)
