@@ -40,6 +40,7 @@ FULL = {
     "inference": "average",
     "plus_stats": "batch",
     "plus_scale": "sqrt_t",
+    "plus_posterior": "sample",
     "momentum": 0.2,
     "em_iterations": 3,
     "em_vectors": 99,

@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inference": ("cn", "cn+"),
     "plus_stats": ("learned", "batch"),
     "plus_scale": ("none", "sqrt_t"),
+    "plus_posterior": ("vector", "sample"),
 }
 """The valid values of a ``ContextNorm``'s named options."""
 

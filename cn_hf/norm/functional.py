@@ -41,6 +41,7 @@ from cn_hf.norm.em import (
     wide_dtype,
 )
 from cn_hf.norm.layout import check_devices
+from cn_hf.norm.sample_posterior import combined, sample_moments
 
 __all__ = [
     "Mixture",
@@ -243,6 +244,7 @@ def context_norm_plus(
     feature_dim: int = -1,
     plus_stats: str = "learned",
     plus_scale: str = "none",
+    plus_posterior: str = "vector",
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -260,6 +262,8 @@ def context_norm_plus(
         plus_stats: ``"batch"``, the paper's: each context's mean and variance re-estimated on this batch, so an output
             depends on the rest of the batch; ``"learned"``: ``mean`` and ``var`` themselves, each vector for itself.
         plus_scale: ``"sqrt_t"``, the paper's factor sqrt(T), which training never sees; ``"none"``.
+        plus_posterior: ``"vector"``, the paper's: each vector has its own; ``"sample"``: all vectors of a sample (a row
+            of ``x``) share one, since a context belongs to a sample.
         weight: optional affine scale ``(C,)``.
         bias: optional affine offset ``(C,)``.
 
@@ -267,10 +271,13 @@ def context_norm_plus(
         Tensor of the shape and dtype of ``x``.
 
     Raises:
-        ConfigError: ``plus_stats`` or ``plus_scale`` is neither of its values.
+        ConfigError: ``plus_stats``, ``plus_scale`` or ``plus_posterior`` is neither of its values.
     """
     check_choice("plus_stats", plus_stats)
     check_choice("plus_scale", plus_scale)
+    check_choice("plus_posterior", plus_posterior)
+    if plus_posterior == "sample":
+        return _by_sample(x, mean, var, eps, feature_dim, plus_stats == "batch", plus_scale == "sqrt_t", weight, bias)
     if feature_dim not in (1, -1):
         out = context_norm_plus(
             x.movedim(feature_dim, 1), mean, var, eps=eps, feature_dim=1, plus_stats=plus_stats, plus_scale=plus_scale,
@@ -292,6 +299,30 @@ def context_norm_plus(
         given = batch_statistics(x, densities, feature_dim) if given is None else given
         done = cpu_combination.combine(x, densities, factor, given, **options)
         return combine_in_pieces(x, densities, factor, given, **options) if done is None else done
+
+
+def _by_sample(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    feature_dim: int,
+    by_batch: bool,
+    by_sqrt_t: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return CN+ with one posterior a sample: an affine map of each sample."""
+    check_devices(x, mean, var, weight, bias)
+    dtype = statistics_dtype(x, mean, var)
+    if x.numel() == 0:
+        return x
+    with full_precision(x.device):
+        center, scale = combined(sample_moments(x, feature_dim), mean, var + eps, eps=eps, by_batch=by_batch)
+    scale = scale.to(dtype) * (math.sqrt(len(mean)) if by_sqrt_t else 1.0)
+    scale = scale if weight is None else scale * weight
+    offset = None if bias is None else bias.to(scale.dtype).expand_as(scale)
+    return shift_scale(x, center.to(dtype), scale, offset, feature_dim=feature_dim)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

@@ -111,6 +111,7 @@ class ContextNorm(FeatureNorm):
         inference: what evaluation without ids does: ``"cn+"`` combines all contexts (Eq. 9), ``"cn"`` is an error.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
+        plus_posterior: CN+ posteriors, the paper's ``"vector"`` or ``"sample"``, one for all vectors of a sample.
         sparse: as of ``nn.Embedding``: the gradient of what has a row a context (``sparse_parameters``) is sparse, so
             that a training step costs what the batch's contexts cost, however large ``T`` is. For ``SGD``, ``Adagrad``
             and ``SparseAdam``; ``AdamW`` refuses sparse gradients. Weights ``(N, T)`` and compiled graphs give dense
@@ -137,6 +138,7 @@ class ContextNorm(FeatureNorm):
         inference: str = "cn+",
         plus_stats: str = "learned",
         plus_scale: str = "none",
+        plus_posterior: str = "vector",
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,6 +151,7 @@ class ContextNorm(FeatureNorm):
             "inference": inference,
             "plus_stats": plus_stats,
             "plus_scale": plus_scale,
+            "plus_posterior": plus_posterior,
         }
         for option, value in options.items():
             check_choice(option, value)
@@ -162,6 +165,7 @@ class ContextNorm(FeatureNorm):
         self.inference = inference
         self.plus_stats = plus_stats
         self.plus_scale = plus_scale
+        self.plus_posterior = plus_posterior
         self.sparse = sparse
 
         def new(*shape: int) -> nn.Parameter:
@@ -402,6 +406,7 @@ class ContextNorm(FeatureNorm):
                 feature_dim=self.feature_dim,
                 plus_stats=self.plus_stats,
                 plus_scale=self.plus_scale,
+                plus_posterior=self.plus_posterior,
                 weight=weight,
                 bias=bias,
             )

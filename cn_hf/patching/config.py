@@ -39,6 +39,8 @@ class ContextNormConfig:
         inference: evaluation without ids: ``"cn+"``, ``"cn"`` (an error), ``"predict"`` or ``"average"``.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
+        plus_posterior: CN+ posteriors, ``"sample"`` (one for all vectors of a sample) or the paper's ``"vector"``, as
+            which a config without the field is read.
         sparse: sparse gradients for what has a row a context (see ``ContextNorm``): for many contexts.
         momentum: of the running statistics of ``"bn"``, ``"mn"`` and ``"dsbn"``.
         em_iterations: EM iterations a training step of ``"mn"``.
@@ -59,6 +61,7 @@ class ContextNormConfig:
     inference: str = "cn+"
     plus_stats: str = "learned"
     plus_scale: str = "none"
+    plus_posterior: str = "vector"
     sparse: bool = False
     momentum: float = 0.1
     em_iterations: int = 2
@@ -72,7 +75,7 @@ class ContextNormConfig:
         """
         check_choice("mode", self.mode, MODES)
         check_choice("inference", self.inference, INFERENCE)
-        for option in ("parametrization", "variance_activation", "init", "plus_stats", "plus_scale"):
+        for option in ("parametrization", "variance_activation", "init", "plus_stats", "plus_scale", "plus_posterior"):
             check_choice(option, getattr(self, option))
         for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):
             if getattr(self, option) is not None or option != "embedding_dim":

@@ -24,6 +24,7 @@ def set_inference(
     source: ContextSourceLike | None = None,
     plus_stats: str | None = None,
     plus_scale: str | None = None,
+    plus_posterior: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
@@ -36,6 +37,8 @@ def set_inference(
         source: a fitted context source for ``"predict"``; stays attached.
         plus_stats: CN+ statistics, ``"learned"`` or the paper's ``"batch"``; None leaves them.
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``; None leaves it.
+        plus_posterior: CN+ posteriors, ``"sample"`` (one for all vectors of a sample) or the paper's ``"vector"``; None
+            leaves it.
         mean: per channel, what was subtracted from pixels in 0..1 before they reach the model; None leaves it (0).
         std: per channel, what they were divided by; None leaves it (1).
 
@@ -48,7 +51,12 @@ def set_inference(
     """
     router = router_of(model)
     check_choice("inference", inference, INFERENCE)
-    options = {"inference": inference, "plus_stats": plus_stats, "plus_scale": plus_scale}
+    options = {
+        "inference": inference,
+        "plus_stats": plus_stats,
+        "plus_scale": plus_scale,
+        "plus_posterior": plus_posterior,
+    }
     config = router.config.replace(**{name: value for name, value in options.items() if value is not None})
     source = router.source if source is None else source
     if inference == "predict":
@@ -93,6 +101,7 @@ def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
             module.inference = "cn+" if config.inference == "cn+" else "cn"  # else past forward, in silence, CN+
             module.plus_stats = config.plus_stats
             module.plus_scale = config.plus_scale
+            module.plus_posterior = config.plus_posterior
 
 
 def _check_source(source: Any, config: ContextNormConfig) -> None:

@@ -190,4 +190,4 @@ class ContextRouter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, with a lock of its own."""
-        self.__dict__ |= state | {"lock": threading.RLock()}
+        self.__dict__ |= {"moments": {}} | state | {"lock": threading.RLock()}
