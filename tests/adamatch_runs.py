@@ -18,7 +18,8 @@ from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.recipes.adamatch.data import TwoViewBatches
 from cn_hf.recipes.adamatch.objective import AdaMatch
 from cn_hf.recipes.adamatch.randaugment import RandAugment
-from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 CLASSES = 3
 CONFIG = AdaMatchConfig(

@@ -27,6 +27,25 @@ def shared_data() -> Path:
     return SHARED_DATA.resolve()
 
 
+class Clock:
+    """A clock that only the test moves: in place of ``time.perf_counter``, whatever else the machine does."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that only the test moves; the test says in whose place."""
+    return Clock()
+
+
 @pytest.fixture(scope="session")
 def start() -> Iterator[Starter]:
     """Starts small training runs in processes of their own."""

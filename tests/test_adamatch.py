@@ -20,8 +20,9 @@ from cn_hf.recipes.adamatch.data import ImageStandardization, TwoViewBatches
 from cn_hf.recipes.adamatch.neighbours import Neighbours
 from cn_hf.recipes.adamatch.objective import AdaMatch, align, interpolate, kept_statistics, relative_threshold, warm_up
 from cn_hf.recipes.adamatch.randaugment import OPERATIONS, RandAugment
-from cn_hf.training.objective import Moment
-from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.objective import StepInfo
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 K, LABELLED, UNLABELLED, FEATURES = 4, 5, 9, 6
 EPS = 1e-5
@@ -119,7 +120,7 @@ def test_a_step_is_the_references_term_by_term(how: str) -> None:
         "interpolation": torch.tensor(mixing),
     }
     objective = AdaMatch(Accelerator(cpu=True), tau=0.9, alignment=how)
-    result = objective(net, batch, Moment(step, steps, torch.tensor(float(LABELLED))))
+    result = objective(net, batch, StepInfo(step, steps, torch.tensor(float(LABELLED))))
     assert result.further is not None
     measured = dict(zip(objective.metrics, (result.further / LABELLED).tolist(), strict=True))
     assert measured == pytest.approx(

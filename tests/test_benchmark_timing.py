@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import Clock
 from torch import nn
 
-from scripts.benchmark import activations
+from scripts.benchmark import activations, timing
 from scripts.benchmark.activations import Activations, Layout, layouts
 from scripts.benchmark.races import Duel, race
 from scripts.benchmark.rivals import LoopOverContexts, MatrixProducts, fit_gaussian_mixture
@@ -22,6 +23,13 @@ CPU = torch.device("cpu")
 
 def settings(**options: object) -> Settings:
     return Settings(**{"device": CPU, "size": "smoke", "rounds": 3, "progress": False, **options})
+
+
+@pytest.fixture
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that calls are timed by."""
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock))
+    return clock
 
 
 # ---------------------------------------------------------------------------------------------------------------- turns
@@ -39,36 +47,36 @@ def test_all_have_their_turn_in_every_round_and_each_begins_one() -> None:
     assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
 
 
-def test_seconds_are_those_of_one_call() -> None:
-    runs = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.008)}
+def test_seconds_are_those_of_one_call(clock: Clock) -> None:
+    runs = {"short": lambda: clock.sleep(0.002), "long": lambda: clock.sleep(0.008)}
     found = seconds_in_turn(runs, settings(), title="", calls=5)
-    assert [len(values) for values in found.values()] == [3, 3]
-    assert all(0.002 <= value < 0.008 for value in found["short"])
-    assert all(value >= 0.008 for value in found["long"])
+    assert found == {"short": pytest.approx([0.002] * 3), "long": pytest.approx([0.008] * 3)}
 
 
-def test_short_calls_fill_a_turn() -> None:
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-5, 200), (5e-4, 40), (0.5, 1)])
+def test_short_calls_fill_a_turn(clock: Clock, seconds: float, calls: int) -> None:
     count = 0
 
     def run() -> None:
         nonlocal count
         count += 1
+        clock.sleep(seconds)
 
     seconds_in_turn({"a": run}, settings(size="full", rounds=1), title="")
-    assert count > 100
+    assert count == 2 + 1 + 2 * calls  # until it is compiled, to see how long it takes, once as in a turn, the round
     count = 0
     seconds_in_turn({"a": run}, settings(rounds=2), title="", calls=5)
-    assert count == 2 + 5 + 2 * 5  # until it is compiled, once as in a turn, then the rounds
+    assert count == 2 + 5 + 2 * 5
 
 
-def test_a_race_compares_each_with_its_rival() -> None:
+def test_a_race_compares_each_with_its_rival(clock: Clock) -> None:
     duels = [Duel("slow", Row(what="slow", rival="fast")), Duel("fast", Row(what="fast", rival="slow", at_least=True))]
-    runs = {"slow": lambda: time.sleep(0.006), "fast": lambda: time.sleep(0.002)}
+    runs = {"slow": lambda: clock.sleep(0.006), "fast": lambda: clock.sleep(0.002)}
     trial = race("name", duels, lambda: runs, settings())
     assert [row.value for row in trial.rows] == [None, None]
     slow, fast = trial.measure()
-    assert 1.5 < slow.value < 4
-    assert 1.5 < fast.value < 4
+    assert slow.value == pytest.approx(3)
+    assert fast.value == pytest.approx(3)
     assert slow.rounds == 3
 
 

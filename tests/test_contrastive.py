@@ -30,9 +30,9 @@ from cn_hf.recipes.siamese.verification import (
     verify,
 )
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.objective import CrossEntropy, Moment, StepLoss
-from cn_hf.training.supervised import fit, make_accelerator
-from cn_hf.training.validation import Batch
+from cn_hf.training.objective import Batch, CrossEntropy, StepInfo, StepLoss
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 IDENTITIES = torch.tensor([3, 1, 1, 0, 3, 3, 1, 7, 0, 3, 1, 0])
 
@@ -86,7 +86,7 @@ def test_the_objective_runs_both_images_through_the_network_with_their_contexts(
     batch |= {"context_ids": torch.tensor([0, 1, 0, 1, 1]), "other_context_ids": torch.tensor([1, 1, 0, 0, 1])}
     batch["labels"] = torch.tensor([0, 1, 0, 1, 1])
     model.eval()
-    step = Contrastive(1.5)(model, batch, Moment(0, 1, torch.tensor(5.0)))
+    step = Contrastive(1.5)(model, batch, StepInfo(0, 1, torch.tensor(5.0)))
     loss, correct = 0.0, 0
     for row in range(5):
         a = model(batch["pixel_values"][row : row + 1], context_ids=batch["context_ids"][row : row + 1])
@@ -97,7 +97,7 @@ def test_the_objective_runs_both_images_through_the_network_with_their_contexts(
     assert step.loss.item() == pytest.approx(loss, rel=1e-4)
     assert int(step.correct) == correct
     empty = {name: value[:0] for name, value in batch.items()}
-    nothing = Contrastive(1.5)(model.train(), empty, Moment(0, 1, torch.tensor(5.0)))
+    nothing = Contrastive(1.5)(model.train(), empty, StepInfo(0, 1, torch.tensor(5.0)))
     nothing.loss.backward()
     assert nothing.loss.item() == 0
 
@@ -347,11 +347,11 @@ class Counting(CrossEntropy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.moments: list[Moment] = []
+        self.seen: list[StepInfo] = []
 
-    def __call__(self, model: nn.Module, batch: Batch, moment: Moment) -> StepLoss:
-        step = super().__call__(model, batch, moment)
-        self.moments.append(moment)
+    def __call__(self, model: nn.Module, batch: Batch, info: StepInfo) -> StepLoss:
+        step = super().__call__(model, batch, info)
+        self.seen.append(info)
         brightness = batch["pixel_values"].mean((1, 2, 3)).sum()
         return step._replace(further=torch.stack([2 * step.loss, brightness]))
 
@@ -370,7 +370,7 @@ def test_further_metrics_reach_the_history_and_the_moment_the_objective(tmp_path
     assert history.curve("twice") == pytest.approx([2 * loss for loss in history.curve("train_loss")], rel=1e-5)
     assert len(history.curve("brightness")) == 2
     assert history.curve("validation_accuracy") == [0.75, 0.75]
-    assert [moment.step for moment in objective.moments] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert {moment.steps for moment in objective.moments} == {6}
-    assert [int(moment.images) for moment in objective.moments[::2]] == [20, 20, 6] * 2
+    assert [info.step for info in objective.seen] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert {info.steps for info in objective.seen} == {6}
+    assert [int(info.images) for info in objective.seen[::2]] == [20, 20, 6] * 2
     assert type(history).from_dict(history.to_dict()).curve("twice") == history.curve("twice")

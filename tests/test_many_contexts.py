@@ -88,11 +88,11 @@ def test_no_tensor_of_a_step_is_as_large_as_a_table(parametrization: str) -> Non
 def test_a_step_takes_as_long_as_with_a_hundred_contexts(parametrization: str) -> None:
     steps = [stepper(num_contexts, parametrization) for num_contexts in (100, MANY)]
     best = [float("inf"), float("inf")]
-    for _ in range(60):  # in turn, so that both meet the same load
+    for _ in range(60):  # in turn, and by the processor's time: another program's load does not count
         for index, step in enumerate(steps):
-            begin = time.perf_counter()
+            begin = time.process_time()
             step()
-            best[index] = min(best[index], time.perf_counter() - begin)
+            best[index] = min(best[index], time.process_time() - begin)
     assert best[1] <= 1.2 * best[0] + 2e-4
 
 
@@ -136,10 +136,10 @@ def test_what_sparse_gradients_meet() -> None:
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_making_saving_loading_and_setting(parametrization: str, tmp_path: Path) -> None:
     norm, again = layer(MANY, parametrization), layer(MANY, parametrization).requires_grad_(False)
-    begin = time.perf_counter()
+    begin = time.process_time()
     save_file(norm.state_dict(), tmp_path / "norm.safetensors")
     again.load_state_dict(load_file(tmp_path / "norm.safetensors"))
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert all(torch.equal(value, norm.state_dict()[name]) for name, value in again.state_dict().items())
     mean, var = torch.randn(MANY, 16), torch.rand(MANY, 16) + 0.5
     again.set_statistics(mean, var, approximate=parametrization == "embedder")

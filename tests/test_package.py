@@ -17,9 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
 # Floors of the house, lowest first; a unit may import those of the floors below its own. `models` stands alone, and
-# hub and above import it. `devices` and `files` are leaves beside `errors`; `registration` imports by name what a
-# library that is being imported needs.
-LEAVES = {"devices", "errors", "files", "registration"}
+# hub and above import it. `devices`, `files` and `processes` are leaves beside `errors`; `registration` imports by name
+# what a library that is being imported needs.
+LEAVES = {"devices", "errors", "files", "processes", "registration"}
 FLOORS: list[set[str]] = [
     {"norm"},
     {"reading", "patching"},
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "devices": {"errors"},
     "files": {"errors"},
+    "processes": {"errors"},
     "registration": set(),
     **{unit: set().union(*FLOORS[:floor]) for floor, units in enumerate(FLOORS) for unit in units},
 }

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from cn_hf.errors import ConfigError
 from cn_hf.patching.config import MODES
 from cn_hf.recipes.adamatch.config import AdaMatchConfig
+from cn_hf.recipes.classifier.data import CONTEXT_KINDS
 from cn_hf.recipes.siamese.config import SiameseConfig
 from cn_hf.training.command import training_app
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.sources import CONTEXT_KINDS
 
 UNUSUAL = {
     "model": "vit_tiny_patch16_224",

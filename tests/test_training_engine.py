@@ -20,9 +20,10 @@ from torch import nn
 
 from cn_hf.errors import CheckpointError, TrainingError
 from cn_hf.training.checkpoints import find_checkpoint, save_checkpoint
+from cn_hf.training.objective import mean_loss_and_accuracy
 from cn_hf.training.optimization import build_optimizer
-from cn_hf.training.supervised import fit, make_accelerator
-from cn_hf.training.validation import mean_loss_and_accuracy
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 
 def trained(model: nn.Module, batches: Any = None, **options: Any) -> nn.Module:
@@ -239,11 +240,11 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path: Path
     for step in (80, 100):
         save_checkpoint(tmp_path, step, {"a.pt": [step]}, keep=5, accelerator=accelerator)
     (tmp_path / "step-00000100" / "a.pt").write_bytes(b"")
-    found = find_checkpoint(tmp_path, accelerator)
+    found = find_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, len(found.damaged)) == (80, 1)
     save_checkpoint(tmp_path, 90, {"a.pt": [90]}, keep=1, accelerator=accelerator)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000090"]
     (tmp_path / "step-00000090" / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(CheckpointError, match="KeyError"):
-        find_checkpoint(tmp_path, accelerator)
+        find_checkpoint(tmp_path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from training_runs import CONFIG, Starter, finish, outcome
 
 # 46 images in batches of 6: the last batch has 4, and an epoch 8 steps.
@@ -80,6 +81,8 @@ class Failing:
     def __iter__(self):
         for number, batch in enumerate(self.batches):
             if number == 3 and os.environ["RANK"] == os.environ["FAILING_RANK"]:
+                if os.environ["FAILS_BY"] == "kill":
+                    os.kill(os.getpid(), 9)
                 raise DatasetError("row 7 is broken")
             yield batch
 
@@ -94,21 +97,42 @@ run_app(app)
 """
 
 
+def failing_script(folder: Path, rank: int, by: str) -> tuple[str, dict[str, str]]:
+    script = folder / "failing.py"
+    script.write_text(FAILING)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    own = {"ACCELERATE_USE_CPU": "true", "FAILING_RANK": str(rank), "FAILS_BY": by, "PYTHONPATH": path}
+    return str(script), {**os.environ, **own}
+
+
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, failing_rank: int) -> None:
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "FAILING_RANK": str(failing_rank),
-        "PYTHONPATH": str(Path(__file__).parent),
-    }  # fmt: skip
-    started = time.perf_counter()
+    script, environment = failing_script(tmp_path, failing_rank, "error")
     ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
         env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert ended.returncode != 0
-    assert "row 7 is broken" in ended.stderr, ended.stderr[-3000:]
     own = [line for line in ended.stderr.splitlines() if line.startswith(("error", "Traceback"))]
     assert own[0].startswith("error"), own
-    assert time.perf_counter() - started < 120
+    assert "row 7 is broken" in own[0], ended.stderr[-3000:]
+    assert "gloo" not in ended.stderr
+
+
+@pytest.mark.parametrize("killed", [1])
+def test_what_is_left_of_a_run_says_that_a_process_was_killed(tmp_path: Path, killed: int) -> None:
+    script, environment = failing_script(tmp_path, killed, "kill")
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script], env={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=180)[1] for process in running]
+    assert running[killed].returncode == -signal.SIGKILL
+    assert running[1 - killed].returncode == 1
+    assert said[1 - killed].splitlines()[-1].startswith("error"), said
+    assert "Another process of this run has ended" in said[1 - killed]
+    assert "Traceback" not in said[1 - killed]

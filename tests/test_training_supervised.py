@@ -21,9 +21,10 @@ import cn_hf
 from cn_hf.errors import ConfigError, ContextIdError, TrainingError
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
+from cn_hf.training.objective import mean_loss_and_accuracy
 from cn_hf.training.optimization import build_optimizer, learning_rate_at
-from cn_hf.training.supervised import fit, make_accelerator
-from cn_hf.training.validation import mean_loss_and_accuracy
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 CLASSES = 3
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf.data import DeviceBatches, Mixing, MixingConfig, build_augmentation
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.supervised import fit
 
 CLASSES, CONTEXTS = 3, 2
 CONFIG = TrainingConfig(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from cn_hf.data import PreparedData
@@ -25,14 +24,15 @@ from cn_hf.experiments.cells import Cell, CellResult, check_cells, plan_cells, r
 from cn_hf.experiments.report import check_report, write_report
 from cn_hf.experiments.sources import check_datasets, find_datasets
 from cn_hf.experiments.spec import read_experiment
+from cn_hf.processes import on_main
 from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.recipes.adamatch.data import load_adamatch_data
 from cn_hf.recipes.adamatch.run import train_adamatch
+from cn_hf.recipes.classifier.data import data_options, load_data
 from cn_hf.recipes.classifier.run import train_classifier
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.run_folder import CHECKPOINTS
-from cn_hf.training.sources import data_options, load_data
-from cn_hf.training.supervised import make_accelerator
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.run_folder import CHECKPOINTS, is_held
 
 __all__ = ["reproduce_experiment", "run_cells"]
 
@@ -87,10 +87,8 @@ def reproduce_experiment(
     with torch_threads(experiment.budget(budget).threads):
         failures = run_cells(name, chosen, accelerator)
     results = [result for cell in cells if (result := read_result(cell)) is not None]
-    if accelerator.is_main_process:
-        text = write_report(folder / name, experiment, budget, cells, results, failures)
-        print(f"\n{text}\n\nwritten to {folder / name}")
-    accelerator.wait_for_everyone()
+    text = on_main(lambda: write_report(folder / name, experiment, budget, cells, results, failures))
+    accelerator.print(f"\n{text}\n\nwritten to {folder / name}")
     if failures:
         raise TrainingError(f"{len(failures)} of {len(chosen)} cells failed: {'; '.join(failures.values())}")
     return results
@@ -114,7 +112,7 @@ def run_cells(name: str, cells: Sequence[Cell], accelerator: Accelerator) -> dic
     seconds: list[float] = []
     say, data = accelerator.print, _SharedData(accelerator)
     for number, cell in enumerate(cells, start=1):
-        with _reserved(cell, accelerator) as state:
+        with _reserved(cell) as state:
             if state != "free":
                 say(f"cell {number} of {len(cells)}: {name} {cell.name} is {state}")
                 continue
@@ -163,7 +161,7 @@ class _SharedData:
 
 
 @contextlib.contextmanager
-def _reserved(cell: Cell, accelerator: Accelerator) -> Iterator[str]:
+def _reserved(cell: Cell) -> Iterator[str]:
     """Keep other commands away from a cell; gives "free", "finished" or "run by another process", the same everywhere.
 
     The lock is the operating system's, so that it does not outlive a killed process.
@@ -176,12 +174,12 @@ def _reserved(cell: Cell, accelerator: Accelerator) -> Iterator[str]:
             lock.acquire(blocking=False)
         except Timeout:
             return "run by another process"
-        return "finished" if cell.finished else "free"
+        if cell.finished:
+            return "finished"
+        return "run by another process" if is_held(cell.folder) else "free"
 
     try:
-        answer = [state() if accelerator.is_main_process else ""]
-        broadcast_object_list(answer)
-        yield answer[0]
+        yield on_main(state)
     finally:
         lock.release()
 

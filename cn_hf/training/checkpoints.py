@@ -12,16 +12,16 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
 from cn_hf.errors import CheckpointError
 from cn_hf.files import read_description, sha256_of, write_json
+from cn_hf.processes import gathered, on_main, together
 
 __all__ = ["Checkpoint", "find_checkpoint", "newest_step", "save_checkpoint", "write_together"]
 
@@ -80,19 +80,22 @@ def save_checkpoint(
     """
     final = folder / f"{prefix}-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    problem = None
-    if accelerator.is_main_process:
-        problem = _attempt(_clear, folder, partial)
-    _raise_together(problem, accelerator)
     described: dict[str, dict[str, Any]] = {}
-    problem = _attempt(_write, partial, files, described)
-    everything = {name: facts for part in gather_object([described]) for name, facts in part.items()}
-    _raise_together(problem, accelerator, partial)
-    if accelerator.is_main_process:
-        problem = _attempt(_publish, partial, final, step, everything)
-        if problem is None and prefix == "step":
-            problem = _attempt(_prune, folder, step, keep)
-    _raise_together(problem, accelerator, partial)
+
+    def publish() -> None:
+        _publish(partial, final, step, everything)
+        if prefix == "step":
+            _prune(folder, step, keep)
+
+    try:
+        on_main(_explained(lambda: _clear(folder, partial), folder))
+        together(_explained(lambda: _write(partial, files, described), folder))
+        everything = {name: facts for part in gathered([described]) for name, facts in part.items()}
+        on_main(_explained(publish, folder))
+    except CheckpointError:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -101,17 +104,13 @@ def newest_step(folder: Path) -> int:
     return max(map(_step_of, _checkpoints(folder)), default=0)
 
 
-def find_checkpoint(folder: Path, accelerator: Accelerator) -> Checkpoint | None:
+def find_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, the same in every process; None where there is none at all.
 
     Raises:
         CheckpointError: There are checkpoints, but all are damaged.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        found = [_newest_whole(folder)]
-    broadcast_object_list(found)
-    name, damaged = found[0]
+    name, damaged = on_main(lambda: _newest_whole(folder))
     if name is not None:
         path = folder / name
         return Checkpoint(path=path, step=_step_of(path), damaged=tuple(damaged))
@@ -210,37 +209,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_together(path: Path, value: Any, accelerator: Accelerator) -> None:
+def write_together(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, whole, in the main process; every process must call it.
 
     Raises:
         CheckpointError: It cannot be written; in every process.
     """
-    problem = _attempt(write_json, path, value) if accelerator.is_main_process else None
-    _raise_together(problem, accelerator)
+    on_main(_explained(lambda: write_json(path, value), path.parent))
 
 
-def _attempt(action: Any, *arguments: Any) -> str | None:
-    """Call ``action``; what went wrong in words, or None. A full disk is an OSError, but RuntimeError in torch.save."""
-    try:
-        action(*arguments)
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def _explained(write: Callable[[], object], folder: Path) -> Callable[[], None]:
+    """Return ``write`` with a clear error; a full disk is an OSError, but a RuntimeError in ``torch.save``."""
 
+    def call() -> None:
+        try:
+            write()
+        except (OSError, RuntimeError) as error:
+            free = f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)" if folder.is_dir() else ""
+            raise CheckpointError(
+                f"a checkpoint cannot be written: {type(error).__name__}: {error}{free}; the ones before it are whole. "
+                "Make room or give another folder, then go on with --resume."
+            ) from error
 
-def _raise_together(problem: str | None, accelerator: Accelerator, partial: Path | None = None) -> None:
-    """Raise in every process if one has a problem, so that none waits for it; what was half-written is removed."""
-    problems = [text for text in gather_object([problem]) if text is not None]
-    if not problems:
-        return
-    free = ""
-    if partial is not None:
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        if partial.parent.is_dir():
-            free = f" ({shutil.disk_usage(partial.parent).free / 2**20:,.0f} MiB free)"
-    raise CheckpointError(
-        f"a checkpoint cannot be written: {problems[0]}{free}; the ones before it are whole. Make room or give another "
-        "folder, then go on with --resume."
-    )
+    return call

@@ -1,32 +1,246 @@
-"""The folder of a run: whose it is, and when it may be used.
+"""The start of a run, and its folder: to whom that belongs, and when it may be used.
 
 ``run.json`` is written first and says which run the folder belongs to, ``results.json`` last and says that it is
-finished. No other run gets the folder without ``overwrite``, which removes what a run writes and nothing else.
+finished. No other run gets the folder without ``overwrite``, which removes what a run writes and nothing else; while a
+run is going on, nothing gets it. The lock is the operating system's, so that it does not outlive a killed process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.files import read_description, write_json, write_whole
+from cn_hf.processes import explain_lost_process, on_main
 from cn_hf.training.config import TrainingConfig
+from cn_hf.training.networks import check_network_name
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.tracking import check_trackers
 
-__all__ = ["CHECKPOINT", "CHECKPOINTS", "RESULTS", "RUN", "RUN_FILES", "check_folder", "check_writable", "claim_folder"]
+__all__ = [
+    "CHECKPOINT",
+    "CHECKPOINTS",
+    "RESULTS",
+    "RUN",
+    "RUN_FILES",
+    "OpenFolder",
+    "StartedRun",
+    "check_folder",
+    "check_writable",
+    "claim_folder",
+    "held_folder",
+    "is_held",
+    "started_run",
+]
 
 FORMAT = 1
-RUN, RESULTS, CHECKPOINT, CHECKPOINTS = "run.json", "results.json", "checkpoint", "checkpoints"
+LOCK = ".lock"
+RUN, CONFIG, RESULTS, CHECKPOINT, CHECKPOINTS = "run.json", "config.yaml", "results.json", "checkpoint", "checkpoints"
 RUN_FILES = (
-    RUN, RESULTS, CHECKPOINTS, "config.yaml", "history.json", "table.md", "curves.png", "protocols.png", CHECKPOINT,
+    RUN, RESULTS, CHECKPOINTS, CONFIG, "history.json", "table.md", "curves.png", "protocols.png", CHECKPOINT,
     "baseline", "logs", "networks", "report.md", "contexts.png", "contact_sheet.png",
 )  # fmt: skip
-"""What a run may leave in its folder."""
+"""Names that a run may leave in its folder."""
+
+
+class OpenFolder:
+    """A folder that is written to for a long time: notices that it was removed or replaced meanwhile.
+
+    Args:
+        path: Made if need be.
+
+    Raises:
+        CheckpointError: It cannot be made or opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # As long as it is open, no other folder gets its number.
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"output_dir {path} cannot be written to: {error}; give another folder") from error
+
+    def __enter__(self) -> OpenFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def check(self) -> None:
+        """Look whether the folder is still the same.
+
+        Raises:
+            CheckpointError: It was removed or replaced.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
+                return
+        raise CheckpointError(
+            f"{self.path} was removed or replaced while the run was writing to it, so what it held is gone. Start the "
+            "run again."
+        )
+
+
+@contextlib.contextmanager
+def held_folder(path: Path) -> Iterator[OpenFolder]:
+    """Keep other runs out of a folder for the block.
+
+    Raises:
+        CheckpointError: A run that is going on has it, or it cannot be written to.
+    """
+    check_writable(path)
+    with OpenFolder(path) as folder, contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path / LOCK).acquire(blocking=False))
+        except Timeout as error:
+            raise CheckpointError(
+                f"{path} belongs to a run that is going on in another process. Wait for it to end, or give another "
+                "folder."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno != errno.ENOSYS:
+                raise CheckpointError(f"{path / LOCK} cannot be locked: {error}; give another folder") from error
+        yield folder
+
+
+def is_held(path: Path) -> bool:
+    """True if a run is going on in the folder."""
+    if not (path / LOCK).exists():
+        return False
+    try:
+        with FileLock(path / LOCK).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRun:
+    """A run whose options are checked and whose folder is kept for it.
+
+    Attributes:
+        config: Its options.
+        accelerator: Whose processes share the run.
+        folder: Its output folder, if it has one.
+        finished: True if the folder holds this run, finished.
+        resume: See ``check_folder``.
+        overwrite: See ``check_folder``.
+        opened: The folder in the main process, if it is going to be written to.
+    """
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    folder: Path | None
+    finished: bool
+    resume: bool
+    overwrite: bool
+    opened: OpenFolder | None
+
+    def claim(self) -> None:
+        """Make the folder this run's own: after all that may be wrong with the options, so that a typo loses nothing.
+
+        Every process must call it.
+
+        Raises:
+            CheckpointError: It cannot be written to.
+        """
+        if (folder := self.folder) is not None:
+            on_main(lambda: claim_folder(folder, self.config, resume=self.resume, overwrite=self.overwrite))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Give True in the main process of a run with a folder, which then writes; an error there is raised in all.
+
+        Raises:
+            CheckpointError: The folder was removed or replaced, before or meanwhile.
+        """
+        error: list[Exception] = []
+        writes = self.opened is not None
+        try:
+            if self.opened is not None:
+                self.opened.check()
+            yield writes
+            if self.opened is not None:
+                self.opened.check()
+        except Exception as caught:
+            error.append(caught)
+
+        def report() -> None:
+            if error:
+                raise error[0]
+
+        on_main(report)
+
+
+@contextlib.contextmanager
+def started_run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> Iterator[StartedRun]:
+    """Start a run: everything before data is loaded. Every process must enter it, and all get the same answer.
+
+    Args:
+        config: Of the run.
+        resume: See ``check_folder``.
+        overwrite: See ``check_folder``.
+        dry_run: Leave the folder as it is.
+
+    Raises:
+        CnHfError: The config, network or folder is not as it must be; see the class raised.
+        TrainingError: Another process ended within the block.
+    """
+    if config.output_dir is None and (resume or overwrite):
+        raise ConfigError("resume and overwrite are about the run in an output folder; give output_dir")
+    check_trackers(config.trackers, has_folder=config.output_dir is not None)
+    accelerator = make_accelerator(config)
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    with explain_lost_process(), contextlib.ExitStack() as stack:
+        opened: list[OpenFolder] = []
+        finished = False
+        if folder is not None and not dry_run:
+            finished = on_main(lambda: _enter(folder, config, resume, overwrite, stack, opened))
+        if finished:
+            accelerator.print(f"{folder} holds this run, finished; nothing to do")
+        else:
+            check_network_name(config.model)
+        yield StartedRun(
+            config=config,
+            accelerator=accelerator,
+            folder=folder,
+            finished=finished,
+            resume=resume,
+            overwrite=overwrite,
+            opened=opened[0] if opened else None,
+        )
+
+
+def _enter(
+    folder: Path,
+    config: TrainingConfig,
+    resume: bool,
+    overwrite: bool,
+    stack: contextlib.ExitStack,
+    opened: list[OpenFolder],
+) -> bool:
+    """Take the folder until the stack ends, and return the answer of ``check_folder``."""
+    opened.append(stack.enter_context(held_folder(folder)))
+    return check_folder(folder, config, resume=resume, overwrite=overwrite)
 
 
 def check_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> bool:
-    """Whether a run may have the folder: better known before data is loaded than after.
+    """Check that a run may have the folder: better known before data is loaded than after.
 
     Args:
         folder: Made if need be.
@@ -35,7 +249,7 @@ def check_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, 
         overwrite: Remove the run that the folder holds, if it holds one.
 
     Returns:
-        Whether the folder holds this very run, finished.
+        True if the folder holds this very run, finished.
 
     Raises:
         ConfigError: Both ``resume`` and ``overwrite``, or the run in the folder has another config (differences are
@@ -70,14 +284,16 @@ def claim_folder(folder: Path, config: TrainingConfig, *, resume: bool = False, 
     """
     finished = check_folder(folder, config, resume=resume, overwrite=overwrite)
     present = [name for name in RUN_FILES if (folder / name).exists()]
-    if present and resume:
-        return finished
     try:
+        if present and resume:
+            if not (folder / CONFIG).is_file():  # killed between the two
+                write_whole(folder / CONFIG, config.to_yaml().encode())
+            return finished
         # run.json goes last and comes first, so that a folder half-emptied or half-filled is still known as a run's.
         for name in reversed(present):
             (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
         write_json(folder / RUN, {"format": FORMAT, "config": config.to_dict()})
-        write_whole(folder / "config.yaml", config.to_yaml().encode())
+        write_whole(folder / CONFIG, config.to_yaml().encode())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be prepared for the run: {error}") from error
     return False

@@ -1,30 +1,31 @@
-"""Everything of a run that changes while it trains: taken down in checkpoints and put back bit for bit."""
+"""Everything of a run that changes while it trains: saved in checkpoints and put back bit for bit.
+
+Tensors sharded over processes (DTensor, as FSDP2 makes them) are stored as each process's own part.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cn_hf.errors import ConfigError, TrainingError
-from cn_hf.training.averaging import WeightAverage
 from cn_hf.training.checkpoints import find_checkpoint, save_checkpoint
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
-from cn_hf.training.sharding import is_sharded
-from cn_hf.training.tensors import (
-    load_model_state,
-    load_optimizer_state,
-    local_copy,
-    random_state,
-    set_random_state,
-)
+from cn_hf.training.preparation import is_sharded
 
-__all__ = ["Place", "RunState"]
+__all__ = ["Place", "RunState", "WeightAverage"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -126,7 +127,7 @@ class RunState:
             CheckpointError: No checkpoint is whole.
         """
         say = self.accelerator.print
-        found = find_checkpoint(folder, self.accelerator)
+        found = find_checkpoint(folder)
         if found is None:
             say(f"{description}: no checkpoint yet, starting from the beginning")
             return
@@ -169,3 +170,117 @@ class RunState:
                 f"the training data is not what {path} was trained on: images, labels or contexts have changed since; "
                 "restore them, or start anew with --overwrite"
             )
+
+
+class WeightAverage:
+    """Averages of all parameters and floating-point buffers of a network: ``a <- decay a + (1 - decay) w`` per step.
+
+    Other buffers are taken as they are.
+
+    Args:
+        network: Whose weights; must not change its structure afterwards.
+        decay: In [0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._network = network
+        self._averages = {name: tensor.detach().clone() for name, tensor in self._weights().items()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._network.state_dict().items() if isinstance(tensor, Tensor)}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the network's weights of now into the averages."""
+        for name, weight in self._weights().items():
+            if weight.is_floating_point():
+                self._averages[name].lerp_(weight.detach(), 1 - self.decay)
+            else:
+                self._averages[name].copy_(weight)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network holds the averages within the block, and its own weights again afterwards."""
+        own = {name: tensor.detach().clone() for name, tensor in self._weights().items()}
+        self.copy_to_network()
+        try:
+            yield
+        finally:
+            self._network.load_state_dict(own, strict=False)
+
+    def copy_to_network(self) -> None:
+        """The network gets the averages for good."""
+        self._network.load_state_dict(self._averages, strict=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of this process's part of the averages on the CPU."""
+        copied: dict[str, Tensor] = local_copy(self._averages)
+        return copied
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``state`` gave."""
+        for name, average in self._averages.items():
+            average.copy_(as_part_of(average, state[name]))
+
+
+def local_copy(state: Any) -> Any:
+    """A state dict with every tensor replaced by a copy of this process's part of it on the CPU."""
+    if isinstance(state, Tensor):
+        local = state.to_local() if isinstance(state, DTensor) else state
+        return local.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {name: local_copy(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(local_copy(value) for value in state)
+    return state
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put back what ``local_copy(model.state_dict())`` took."""
+    current = model.state_dict()
+    model.load_state_dict({name: as_part_of(current.get(name), value) for name, value in state.items()})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put back what ``local_copy(optimizer.state_dict())`` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        number: {name: as_part_of(parameters[number], value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+def as_part_of(like: Any, value: Any) -> Any:
+    """``value`` as this process's part of a tensor sharded as ``like`` is; as it is where that is not sharded."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.ndim != like.ndim:
+        return value
+    part = value.to(like.to_local().device)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The random generators of Python, NumPy and torch, also of a CUDA ``device``, in this process."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what ``random_state`` took."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

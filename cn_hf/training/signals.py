@@ -1,4 +1,7 @@
-"""Being asked to stop: SIGTERM (a scheduler's preemption) and SIGINT (Ctrl-C) become a flag that the loop looks at."""
+"""Requests to stop: SIGTERM (a scheduler's preemption), SIGHUP (a closed terminal) and SIGINT (Ctrl-C) set a flag.
+
+The loop looks at the flag at the end of a step.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ SAME_REQUEST = 5.0  # seconds
 
 
 class StopRequest:
-    """Within its block SIGTERM and SIGINT are noted instead of ending the process; one that comes later again ends it.
+    """Within its block these signals are noted instead of ending the process; one that comes later again ends it.
 
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
     Outside of the main thread, where Python handles no signals, nothing is noted.
 
     Attributes:
@@ -30,7 +34,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -25,47 +25,43 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError, DivergedError, TrainingError, TrainingInterruptedError
 from cn_hf.evaluation.networks import bare_network
 from cn_hf.patching.synchronize import synchronize_batch_norms
+from cn_hf.processes import explain_lost_process, gathered, on_main, share_buffers, summed
 from cn_hf.training.checkpoints import newest_step, save_checkpoint, write_together
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import EpochRecord, History
 from cn_hf.training.memory import largest_fitting_batch, out_of_memory, out_of_memory_message
-from cn_hf.training.objective import CrossEntropy, Moment, Objective, StepLoss
+from cn_hf.training.objective import (
+    Batch,
+    CrossEntropy,
+    Objective,
+    StepInfo,
+    StepLoss,
+    TrainingBatches,
+    on_device,
+    totals,
+)
 from cn_hf.training.optimization import learning_rate_at, set_learning_rate
-from cn_hf.training.preparation import prepared, reset_loss_scale
-from cn_hf.training.processes import check_equal_lengths, gathered, share_buffers, summed
+from cn_hf.training.preparation import (
+    check_equal_lengths,
+    find_unused_parameters,
+    make_accelerator,
+    obey_fsdp_settings,
+    prepared,
+    reset_loss_scale,
+    trained_as_a_whole,
+)
 from cn_hf.training.progress import ProgressBar
-from cn_hf.training.run_folder import CHECKPOINTS
+from cn_hf.training.run_folder import CHECKPOINTS, OpenFolder
 from cn_hf.training.run_state import RunState
-from cn_hf.training.sharding import obey_fsdp_settings, trained_as_a_whole
 from cn_hf.training.signals import StopRequest
-from cn_hf.training.training_batches import TrainingBatches
-from cn_hf.training.unused import leaves_parameters_unused, may_leave_unused
-from cn_hf.training.validation import Batch, on_device, totals
 
 __all__ = ["TrainingBatches", "fit", "make_accelerator"]
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator for a run: its processes and devices from the launcher, its precision from the config if given.
-
-    Raises:
-        TrainingError: This device lacks the precision, or the process already runs with another one.
-    """
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:
-        raise TrainingError(
-            f"mixed_precision {config.mixed_precision!r} cannot be had here: {error} "
-            "Choose 'no', or start the run in another process if this one began with another precision."
-        ) from error
-    accelerator.gradient_accumulation_steps = 1  # a launcher's setting would divide the gradients once more
-    return accelerator
 
 
 def fit(
@@ -85,8 +81,8 @@ def fit(
 
     Sets the global random seeds to ``config.seed`` (plus the rank), so that networks trained one after the other with
     one config meet the same data order, augmentation and dropout. Batch norms take the statistics of all processes'
-    images. SIGTERM and Ctrl-C end the run at the end of a step (of several processes with GPUs within 20 steps, when
-    they next tell each other their losses), with a checkpoint. Where Accelerate is set up for FSDP2
+    images. SIGTERM, SIGHUP and Ctrl-C end the run at the end of a step (of several processes with GPUs within 20
+    steps, when they next tell each other their losses), with a checkpoint. Where Accelerate is set up for FSDP2
     (also on a CPU), parameters are sharded meanwhile, and after an error the network is as it was before.
 
     Args:
@@ -116,24 +112,25 @@ def fit(
     if len(train_batches) == 0 or train_batches.num_samples == 0:
         raise TrainingError("the training data holds no images; check the split and its size")
     obey_fsdp_settings(accelerator)
-    check_equal_lengths(len(train_batches), accelerator)
+    check_equal_lengths(len(train_batches))
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None and not resume and newest_step(folder / CHECKPOINTS) > 0:
         raise CheckpointError(f"{folder / CHECKPOINTS} holds a run's; resume it, remove it or give another folder")
     if config.patience is not None and validation_batches is None:
         raise TrainingError(f"patience {config.patience} needs validation data to look at; there is none")
     reset_loss_scale(accelerator)
-    if may_leave_unused(accelerator) and leaves_parameters_unused(model, train_batches, accelerator):
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    find_unused_parameters(model, train_batches, accelerator)
     set_seed(config.seed, device_specific=True)
     with (
+        explain_lost_process(),
+        contextlib.nullcontext() if folder is None else OpenFolder(folder) as opened,
         trained_as_a_whole(model, accelerator) as network,
         synchronize_batch_norms(network),
         prepared(network, config, accelerator) as (prepared_model, optimizer),
     ):
         objective = CrossEntropy(config.label_smoothing) if objective is None else objective
         loop = _Loop(
-            prepared_model, optimizer, train_batches, config, accelerator, objective, folder, description, log_offset
+            prepared_model, optimizer, train_batches, config, accelerator, objective, opened, description, log_offset
         )
         if resume and folder is not None:
             loop.state.resume(folder / CHECKPOINTS, description)
@@ -152,12 +149,13 @@ class _Loop:
         config: TrainingConfig,
         accelerator: Accelerator,
         objective: Objective,
-        folder: Path | None,
+        folder: OpenFolder | None,
         description: str,
         log_offset: int,
     ) -> None:
         self.model, self.optimizer, self.batches, self.log_offset = model, optimizer, batches, log_offset
-        self.config, self.accelerator, self.folder, self.description = config, accelerator, folder, description
+        self.config, self.accelerator, self.description = config, accelerator, description
+        self.opened, self.folder = folder, None if folder is None else folder.path
         self.objective, self.network = objective, bare_network(model)
         fingerprint = None if folder is None else batches.fingerprint()
         self.state = RunState(self.network, optimizer, config, accelerator, fingerprint)
@@ -213,7 +211,7 @@ class _Loop:
         """Validate, record the epoch, keep the weights if they are the best, and move on to the next epoch."""
         config, place = self.config, self.state.place
         loss_sum, correct, count, *further = place.totals
-        share_buffers(self.network, self.accelerator)
+        share_buffers(self.network)
         validation: tuple[float, float] | None = None
         with contextlib.nullcontext() if self.state.average is None else self.state.average.applied():
             if validation_batches is not None:
@@ -237,8 +235,9 @@ class _Loop:
         place.epoch, place.batch, place.seconds, place.totals = place.epoch + 1, 0, 0.0, self._no_totals()
         self.state.history.stopped_early = self._out_of_patience()
         place.finished = self.state.history.stopped_early or place.epoch >= config.epochs
-        if self.folder is not None:
-            write_together(self.folder / "history.json", self.state.history.to_dict(), self.accelerator)
+        if self.opened is not None:
+            on_main(self.opened.check)
+            write_together(self.opened.path / "history.json", self.state.history.to_dict())
 
     def _step_or_explain(self, batch: Batch, bar: ProgressBar) -> None:
         """A training step; where the very first one runs out of memory, the error says what would fit."""
@@ -254,7 +253,7 @@ class _Loop:
         config, accelerator, place = self.config, self.accelerator, self.state.place
         set_learning_rate(self.optimizer, learning_rate_at(place.step, len(self.batches), config))
         count = torch.full((), float(len(batch["labels"])), device=accelerator.device)
-        images = summed(count, accelerator)
+        images = summed(count)
         scale = accelerator.num_processes / images
         sums = torch.zeros(len(place.totals), device=accelerator.device)
         parts = self._micro_batches(batch, images)
@@ -282,8 +281,8 @@ class _Loop:
                 name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
                 for name, value in batch.items()
             }
-        moment = Moment(self.state.place.step, len(self.batches) * self.config.epochs, images)
-        return self.objective(model, batch, moment)
+        info = StepInfo(self.state.place.step, len(self.batches) * self.config.epochs, images)
+        return self.objective(model, batch, info)
 
     def _no_totals(self) -> list[float]:
         return [0.0] * (3 + len(self.objective.metrics))
@@ -307,7 +306,7 @@ class _Loop:
         if not self.pending:
             return
         place = self.state.place
-        steps = summed(torch.stack([sums for sums, _ in self.pending]), self.accelerator).tolist()
+        steps = summed(torch.stack([sums for sums, _ in self.pending])).tolist()
         rows = [index for _, index in self.pending]
         self.pending.clear()
         for number, sums in enumerate(steps):
@@ -322,7 +321,7 @@ class _Loop:
 
     def _give_up(self, step: int, loss: float, rows: Tensor | None) -> None:
         """End a run whose loss is no longer finite, keeping what is needed to find out why."""
-        images = gathered([] if rows is None else rows.tolist(), self.accelerator)
+        images = gathered([] if rows is None else rows.tolist())
         shown = ", ".join(map(str, images[:16])) + (", ..." if len(images) > 16 else "")
         where = ""
         if self.folder is not None:
@@ -390,7 +389,7 @@ class _Loop:
     def _obey(self, stop: StopRequest) -> None:
         """End the run with a checkpoint if any process was asked to stop."""
         asked = torch.tensor(float(stop.received is not None), device=self.accelerator.device)
-        if summed(asked, self.accelerator).item() == 0:
+        if summed(asked).item() == 0:
             return
         saved = self._save()
         kept = "no output_dir was given, so nothing is kept" if saved is None else f"go on with --resume from {saved}"
@@ -399,10 +398,11 @@ class _Loop:
 
     def _save(self) -> Path | None:
         """Write a checkpoint; None where the run has no folder."""
-        if self.folder is None:
+        if self.opened is None:
             return None
         self._stop_clock()
-        path = self.state.save(self.folder / CHECKPOINTS)
+        on_main(self.opened.check)
+        path = self.state.save(self.opened.path / CHECKPOINTS)
         self.clock = time.perf_counter()
         return path
 

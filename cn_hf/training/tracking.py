@@ -22,6 +22,7 @@ from accelerate.utils import LoggerType
 
 from cn_hf.errors import CheckpointError, ConfigError, nearest
 from cn_hf.files import write_whole
+from cn_hf.processes import on_main
 from cn_hf.training.config import TrainingConfig
 
 __all__ = ["check_trackers", "start_trackers", "tracked"]
@@ -77,8 +78,8 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, folder: Pat
         return
     logs = None if folder is None else folder / FOLDER
     options: dict[str, dict[str, Any]] = {}
+    run_id = on_main(lambda: _run_id(logs))
     if accelerator.is_main_process:
-        run_id = _run_id(logs)
         name = run_id if folder is None else f"{folder.resolve().name}-{run_id}"
         options["tensorboard"] = {"purge_step": step + 1}
         options["wandb"] = {"id": run_id, "name": name, "resume": "allow", "dir": None if logs is None else str(logs)}

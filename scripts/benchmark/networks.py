@@ -126,8 +126,8 @@ def noise_data(side: int, num_images: int, device: torch.device, **options: Any)
 def _stepper(config: TrainingConfig, data: PreparedData, dtype: torch.dtype | None) -> Callable[[], None]:
     """A function that trains the variant for one step."""
     from cn_hf.recipes.classifier.run import build_classifier
+    from cn_hf.training.objective import forward_logits
     from cn_hf.training.optimization import build_optimizer
-    from cn_hf.training.validation import forward_logits
 
     batches = data.train
     assert batches is not None

@@ -107,7 +107,8 @@ def _turns(data: PreparedData, plan: Plan, settings: Settings) -> dict[str, Call
 
     from cn_hf.recipes.classifier.run import build_classifier
     from cn_hf.training.config import TrainingConfig
-    from cn_hf.training.supervised import fit, make_accelerator
+    from cn_hf.training.preparation import make_accelerator
+    from cn_hf.training.supervised import fit
 
     config = TrainingConfig(
         model=plan.model, mode="cn-channels", where=("norms",), epochs=1, batch_size=plan.batch, optimizer="sgd",

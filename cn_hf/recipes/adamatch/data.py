@@ -33,8 +33,8 @@ from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.recipes.adamatch.neighbours import Neighbours
 from cn_hf.recipes.adamatch.randaugment import RandAugment
 from cn_hf.recipes.adamatch.random_convolution import RandomConvolution
+from cn_hf.recipes.classifier.data import load_data, read_splits
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.sources import load_data, read_splits
 
 __all__ = ["UNLABELLED", "ImageStandardization", "TwoViewBatches", "load_adamatch_data"]
 

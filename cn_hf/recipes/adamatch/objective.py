@@ -27,9 +27,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cn_hf.evaluation.networks import bare_network
-from cn_hf.training.objective import Moment, StepLoss
-from cn_hf.training.processes import summed
-from cn_hf.training.validation import Batch, forward_logits, mean_loss_and_accuracy, right_answers
+from cn_hf.processes import summed
+from cn_hf.training.objective import Batch, StepInfo, StepLoss, forward_logits, mean_loss_and_accuracy, right_answers
 
 __all__ = ["AdaMatch", "align", "interpolate", "kept_statistics", "relative_threshold", "warm_up"]
 
@@ -108,7 +107,7 @@ class AdaMatch:
     def __init__(self, accelerator: Accelerator, *, tau: float, alignment: str = "per class") -> None:
         self.accelerator, self.tau, self.alignment = accelerator, tau, alignment
 
-    def __call__(self, model: nn.Module, batch: Batch, moment: Moment) -> StepLoss:
+    def __call__(self, model: nn.Module, batch: Batch, info: StepInfo) -> StepLoss:
         """The loss of a batch; metrics are both losses, the part of unlabelled images that count, and the threshold."""
         labels = batch["labels"]
         count, unlabelled = len(labels), len(batch["pixel_values"]) - len(labels)
@@ -132,7 +131,7 @@ class AdaMatch:
         unlabelled_loss = share * (F.cross_entropy(unlabelled_strong, target, reduction="none") * mask).sum()
         further = [labelled_loss, unlabelled_loss, share * mask.sum(), threshold * count]
         return StepLoss(
-            labelled_loss + warm_up(moment.step, moment.steps) * unlabelled_loss,
+            labelled_loss + warm_up(info.step, info.steps) * unlabelled_loss,
             right_answers(weak, labels),
             torch.stack(further).detach(),
         )
@@ -143,7 +142,7 @@ class AdaMatch:
         counts = known.new_tensor([len(known), len(predictions)])
         sums = torch.cat([known.sum(0), predictions.sum(0), known.amax(1).sum().view(1), counts])
         parts = [known.shape[1], predictions.shape[1], 1, 2]
-        known_sum, predicted_sum, confidence, counts = torch.split(summed(sums, self.accelerator), parts)
+        known_sum, predicted_sum, confidence, counts = torch.split(summed(sums), parts)
         aligned = align(predictions, known_sum / counts[0], predicted_sum / counts[1], self.alignment)
         threshold = relative_threshold(confidence / counts[0], self.tau).squeeze(0)
         return aligned, (aligned.amax(1) >= threshold).to(aligned.dtype), threshold, counts[0] / counts[1]

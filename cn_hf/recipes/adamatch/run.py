@@ -8,9 +8,9 @@ from cn_hf.data import PreparedData
 from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.recipes.adamatch.data import load_adamatch_data
 from cn_hf.recipes.adamatch.objective import AdaMatch
+from cn_hf.recipes.classifier.results import ClassifierRun
 from cn_hf.recipes.classifier.run import Recipe, train_classifier
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.results import ClassifierRun
 
 __all__ = ["train_adamatch"]
 

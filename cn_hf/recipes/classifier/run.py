@@ -26,14 +26,9 @@ from cn_hf.patching.config import BASELINES, CN_MODES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.router import ContextSourceLike
 from cn_hf.patching.routing import RoutedModel
-from cn_hf.training.checkpoints import newest_step
-from cn_hf.training.config import TrainingConfig
-from cn_hf.training.history import History
-from cn_hf.training.networks import create_network
-from cn_hf.training.objective import Objective
-from cn_hf.training.optimization import build_optimizer
-from cn_hf.training.preview import preview
-from cn_hf.training.results import (
+from cn_hf.recipes.classifier.data import class_counts, load_data
+from cn_hf.recipes.classifier.preview import preview
+from cn_hf.recipes.classifier.results import (
     ClassifierRun,
     data_in_words,
     network_in_words,
@@ -41,9 +36,13 @@ from cn_hf.training.results import (
     run_title,
     write_run,
 )
-from cn_hf.training.run_folder import CHECKPOINTS
-from cn_hf.training.sources import class_counts, load_data
-from cn_hf.training.start import claim_run, start_run
+from cn_hf.training.checkpoints import newest_step
+from cn_hf.training.config import TrainingConfig
+from cn_hf.training.history import History
+from cn_hf.training.networks import create_network
+from cn_hf.training.objective import Objective
+from cn_hf.training.optimization import build_optimizer
+from cn_hf.training.run_folder import CHECKPOINTS, StartedRun, started_run
 from cn_hf.training.supervised import fit
 from cn_hf.training.tracking import tracked
 
@@ -95,56 +94,47 @@ def train_classifier(
     Raises:
         CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
     """
-    accelerator, folder, finished = start_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
-    if finished:
-        return None
-    data = recipe.load_data(config, accelerator) if data is None else data
-    if data.train is None or len(data.train) == 0:
-        raise TrainingError(
-            f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
-        )
-    model = build_classifier(config, data)
-    if dry_run:
-        if accelerator.is_main_process:
-            print(preview(config, model, data, folder=folder))
-        return None
-    build_optimizer(model, config)  # an error now, rather than when the folder is the run's
-    claim_run(config, accelerator, folder, resume=resume, overwrite=overwrite)
-    accelerator.print(data_in_words(data) + "\n" + network_in_words(config, model))
-    steps = len(data.train) * config.epochs  # after which the baseline's follow, so that trackers' steps go on rising
-    with tracked(accelerator, config, folder, step=_steps_done(folder, steps)):
-        return _run(config, recipe, model, data, accelerator, folder, resume, steps)
+    with started_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run) as started:
+        if started.finished:
+            return None
+        data = recipe.load_data(config, started.accelerator) if data is None else data
+        if data.train is None or len(data.train) == 0:
+            raise TrainingError(
+                f"an epoch has no batch: batch_size is {config.batch_size} and drop_last leaves out smaller ones"
+            )
+        model = build_classifier(config, data)
+        if dry_run:
+            if started.accelerator.is_main_process:
+                print(preview(config, model, data, folder=started.folder))
+            return None
+        build_optimizer(model, config)  # an error now, rather than when the folder is the run's
+        started.claim()
+        started.accelerator.print(data_in_words(data) + "\n" + network_in_words(config, model))
+        # After the network's steps the baseline's follow, so that trackers' steps go on rising.
+        steps = len(data.train) * config.epochs
+        with tracked(started.accelerator, config, started.folder, step=_steps_done(started.folder, steps)):
+            return _run(started, recipe, model, data, steps)
 
 
-def _run(
-    config: TrainingConfig,
-    recipe: Recipe,
-    model: nn.Module,
-    data: PreparedData,
-    accelerator: Accelerator,
-    folder: Path | None,
-    resume: bool,
-    steps: int,
-) -> ClassifierRun:
+def _run(started: StartedRun, recipe: Recipe, model: nn.Module, data: PreparedData, steps: int) -> ClassifierRun:
     """Train the network and the baseline, evaluate, print and write."""
+    config, accelerator, folder = started.config, started.accelerator, started.folder
     name = run_name(config)
-    histories = {name: _fit(model, data, config, recipe, accelerator, name, folder, resume)}
+    histories = {name: _fit(started, recipe, model, data, name, folder)}
     baseline: nn.Module | None = None
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
         baseline = build_classifier(plain, data)
         baseline_folder = None if folder is None else folder / "baseline"
-        histories["baseline"] = _fit(
-            baseline, data, config, recipe, accelerator, "baseline", baseline_folder, resume, steps
-        )
+        histories["baseline"] = _fit(started, recipe, baseline, data, "baseline", baseline_folder, steps)
     report = _evaluate(config, recipe, model, baseline, data, accelerator)
     run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
     if report is not None:
         accelerator.print("\n" + protocol_table(report, title=run_title(config, data)))
-    if folder is not None and accelerator.is_main_process:
-        write_run(run, folder)
-        print(f"\nwritten to {folder}")
-    accelerator.wait_for_everyone()
+    with started.writing() as writes:
+        if writes and folder is not None:
+            write_run(run, folder)
+            print(f"\nwritten to {folder}")
     return run
 
 
@@ -238,14 +228,12 @@ def _norm_config(config: TrainingConfig, data: PreparedData) -> ContextNormConfi
 
 
 def _fit(
+    started: StartedRun,
+    recipe: Recipe,
     model: nn.Module,
     data: PreparedData,
-    config: TrainingConfig,
-    recipe: Recipe,
-    accelerator: Accelerator,
     name: str,
     folder: Path | None,
-    resume: bool,
     log_offset: int = 0,
 ) -> History:
     assert data.train is not None
@@ -253,11 +241,11 @@ def _fit(
         model,
         data.train,
         data.validation,
-        config=config,
-        accelerator=accelerator,
-        objective=None if recipe.objective is None else recipe.objective(config, accelerator),
+        config=started.config,
+        accelerator=started.accelerator,
+        objective=None if recipe.objective is None else recipe.objective(started.config, started.accelerator),
         output_dir=folder,
-        resume=resume,
+        resume=started.resume,
         description=name,
         log_offset=log_offset,
     )

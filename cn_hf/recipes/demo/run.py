@@ -43,15 +43,16 @@ from cn_hf.files import write_whole
 from cn_hf.hub import from_pretrained
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import router_of
+from cn_hf.recipes.classifier.data import class_counts
+from cn_hf.recipes.classifier.results import data_in_words, network_facts, save_network
 from cn_hf.recipes.classifier.run import build_classifier
 from cn_hf.recipes.demo.data import DOMAINS, digits_in_two_domains, write_sample_sheet
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import create_network
-from cn_hf.training.results import data_in_words, network_facts, save_network
-from cn_hf.training.run_folder import CHECKPOINT, RESULTS, check_writable
-from cn_hf.training.sources import class_counts
-from cn_hf.training.supervised import fit, make_accelerator
+from cn_hf.training.preparation import make_accelerator
+from cn_hf.training.run_folder import CHECKPOINT, RESULTS, OpenFolder, held_folder
+from cn_hf.training.supervised import fit
 
 __all__ = ["demo_config", "fitted_domain_source", "run_demo"]
 
@@ -95,18 +96,18 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, epochs: int = 15, progres
         The evaluation of the network with CN, the other two being its baselines.
 
     Raises:
-        CheckpointError: The folder cannot be written to, or the reloaded network differs from the saved one.
+        CheckpointError: The folder cannot be written to, another run has it or it was removed meanwhile, or the
+            reloaded network differs from the saved one.
     """
     started = time.perf_counter()
     folder = Path(output_dir)
-    check_writable(folder)
     # As fast for so small a network, the same result on any number of cores, and untroubled by what else runs there.
-    with torch_threads(1):
-        return _run(folder, demo_config(seed=seed, epochs=epochs, progress=progress), started)
+    with held_folder(folder) as held, torch_threads(1):
+        return _run(held, demo_config(seed=seed, epochs=epochs, progress=progress), started)
 
 
-def _run(folder: Path, config: TrainingConfig, started: float) -> ProtocolReport:
-    accelerator = make_accelerator(config)
+def _run(held: OpenFolder, config: TrainingConfig, started: float) -> ProtocolReport:
+    accelerator, folder = make_accelerator(config), held.path
     splits = digits_in_two_domains(config.seed)
     source = fitted_domain_source(splits["train"])
     agreement = source_agreement(source, splits)
@@ -120,6 +121,7 @@ def _run(folder: Path, config: TrainingConfig, started: float) -> ProtocolReport
     networks, histories = _train(config, data, accelerator)
     report = _evaluate(config, networks, data, accelerator)
     print("\n" + protocol_table(report, title=TITLE) + "\n\n" + context_table(report))
+    held.check()
     reloaded = _save_and_reload(networks["CN"], folder / CHECKPOINT, report, config, data, accelerator)
     print(f"\n{reloaded['summary']}")
     seconds = time.perf_counter() - started
@@ -133,6 +135,7 @@ def _run(folder: Path, config: TrainingConfig, started: float) -> ProtocolReport
         "seconds": seconds,
     }
     _write(folder, splits, networks["CN"], histories, report, results)
+    held.check()
     print(f"written to {folder}{'' if folder.is_absolute() else '/'} in {seconds:.0f} s")
     return report
 

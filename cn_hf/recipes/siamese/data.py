@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from cn_hf.data import DeviceBatches, PreparedData, find_image_column, find_label_column
 from cn_hf.errors import ConfigError, ContextIdError, DatasetError, nearest
 from cn_hf.patching.config import BASELINES
+from cn_hf.recipes.classifier.data import datasets_bars, load_data, read_splits
 from cn_hf.recipes.siamese.config import VIEWS, SiameseConfig
 from cn_hf.recipes.siamese.pairs import PairBatches
-from cn_hf.training.sources import datasets_bars, load_data, read_splits
 
 __all__ = ["SiameseData", "load_siamese_data"]
 

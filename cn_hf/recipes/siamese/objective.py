@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from cn_hf.data import Batches
 from cn_hf.errors import ConfigError, InputShapeError, TrainingError
 from cn_hf.evaluation.networks import bare_network, evaluating
+from cn_hf.processes import gathered
 from cn_hf.recipes.siamese.verification import best_threshold, evaluation_pairs, pair_distances, verify
-from cn_hf.training.objective import Moment, StepLoss
-from cn_hf.training.processes import gathered
-from cn_hf.training.validation import Batch, forward_logits, on_device
+from cn_hf.training.objective import Batch, StepInfo, StepLoss, forward_logits, on_device
 
 __all__ = ["Contrastive", "Embeddings", "HeldOut", "contrastive_loss", "embed", "embed_views", "held_out_distances"]
 
@@ -72,7 +71,7 @@ class Contrastive:
             raise ConfigError(f"margin must be positive, got {margin}")
         self.margin, self.seed, self.views = margin, seed, views
 
-    def __call__(self, model: nn.Module, batch: Batch, moment: Moment) -> StepLoss:
+    def __call__(self, model: nn.Module, batch: Batch, info: StepInfo) -> StepLoss:
         """Sum of the pairs' losses; right is a pair on its side of half the margin."""
         count, different = len(batch["labels"]), batch["labels"]
         # One forward for both images, so that DistributedDataParallel and batch norms see one batch.
@@ -123,7 +122,7 @@ def embed(model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) 
             contexts = batch.get("context_ids", torch.full_like(batch["labels"], -1))
             tensors = (batch["index"], forward_logits(network, batch), batch["labels"], contexts)
             parts.append(tuple(tensor.cpu() for tensor in tensors))
-    parts = gathered(parts, accelerator)
+    parts = gathered(parts)
     if not sum(len(part[0]) for part in parts):
         raise TrainingError("there are no images to verify; check the split")
     rows, outputs, identities, contexts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -19,11 +19,11 @@ from cn_hf.evaluation import markdown_table, plot_training_curves, run_environme
 from cn_hf.evaluation.plots import COLORS, new_figure, quiet_axes, save_figure
 from cn_hf.files import write_whole
 from cn_hf.patching.restyle import restyle
+from cn_hf.recipes.classifier.results import network_facts, portable_config, save_network
 from cn_hf.recipes.siamese.contact_sheet import write_contact_sheet
 from cn_hf.recipes.siamese.networks import SiameseNetwork, SiameseRun, has_input_contexts
 from cn_hf.recipes.siamese.restyling import Levels, Shift
 from cn_hf.recipes.siamese.verification import Verification
-from cn_hf.training.results import network_facts, portable_config, save_network
 from cn_hf.training.run_folder import CHECKPOINT, RESULTS
 
 __all__ = ["summary", "write_siamese_run"]

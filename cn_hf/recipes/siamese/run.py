@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from cn_hf.evaluation.networks import bare_network
+from cn_hf.recipes.classifier.preview import preview
+from cn_hf.recipes.classifier.results import data_in_words, network_in_words
 from cn_hf.recipes.classifier.run import build_classifier
 from cn_hf.recipes.siamese.config import SiameseConfig
 from cn_hf.recipes.siamese.data import SiameseData, load_siamese_data
@@ -25,10 +27,7 @@ from cn_hf.recipes.siamese.results import summary, write_siamese_run
 from cn_hf.recipes.siamese.verification import Verification, best_threshold, context_groups, verify
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.optimization import build_optimizer
-from cn_hf.training.preview import preview
-from cn_hf.training.results import data_in_words, network_in_words
-from cn_hf.training.run_folder import CHECKPOINTS
-from cn_hf.training.start import claim_run, start_run
+from cn_hf.training.run_folder import CHECKPOINTS, started_run
 from cn_hf.training.supervised import fit
 from cn_hf.training.tracking import tracked
 
@@ -55,36 +54,37 @@ def train_siamese(
         CnHfError: Something of the config, data, network or folder is not as it must be; see the class raised.
     """
     started, processor_started = time.perf_counter(), time.process_time()
-    accelerator, folder, finished = start_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
-    if finished:
-        return None
-    data = load_siamese_data(config, accelerator)
-    if dry_run:
-        if accelerator.is_main_process:
-            print(preview(config, _build(config, data), data.prepared, folder=folder))
-        return None
-    for own in config.networks().values():  # an error now, rather than when the folder is the run's
-        build_optimizer(_build(own, data), own)
-    claim_run(config, accelerator, folder, resume=resume, overwrite=overwrite)
-    accelerator.print(data_in_words(data.prepared))
-    networks: dict[str, SiameseNetwork] = {}
-    with tracked(accelerator, config, folder, step=_steps_done(config, folder)):
-        for name in config.networks():
-            offset = len(networks) * len(data.pairs) * config.epochs
-            networks[name] = _train(config, name, data, accelerator, resume, offset=offset)
-    run = SiameseRun(
-        config=config,
-        data=data,
-        networks=networks,
-        seconds=time.perf_counter() - started,
-        processor_seconds=time.process_time() - processor_started,
-    )
-    accelerator.print("\n" + summary(run))
-    if folder is not None and accelerator.is_main_process:
-        write_siamese_run(run, folder)
-        print(f"\nwritten to {folder}")
-    accelerator.wait_for_everyone()
-    return run
+    with started_run(config, resume=resume, overwrite=overwrite, dry_run=dry_run) as start:
+        if start.finished:
+            return None
+        accelerator, folder = start.accelerator, start.folder
+        data = load_siamese_data(config, accelerator)
+        if dry_run:
+            if accelerator.is_main_process:
+                print(preview(config, _build(config, data), data.prepared, folder=folder))
+            return None
+        for own in config.networks().values():  # an error now, rather than when the folder is the run's
+            build_optimizer(_build(own, data), own)
+        start.claim()
+        accelerator.print(data_in_words(data.prepared))
+        networks: dict[str, SiameseNetwork] = {}
+        with tracked(accelerator, config, folder, step=_steps_done(config, folder)):
+            for name in config.networks():
+                offset = len(networks) * len(data.pairs) * config.epochs
+                networks[name] = _train(config, name, data, accelerator, resume, offset=offset)
+        run = SiameseRun(
+            config=config,
+            data=data,
+            networks=networks,
+            seconds=time.perf_counter() - started,
+            processor_seconds=time.process_time() - processor_started,
+        )
+        accelerator.print("\n" + summary(run))
+        with start.writing() as writes:
+            if writes and folder is not None:
+                write_siamese_run(run, folder)
+                print(f"\nwritten to {folder}")
+        return run
 
 
 def _train(

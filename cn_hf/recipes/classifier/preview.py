@@ -19,8 +19,8 @@ from cn_hf.data import Batches, PreparedData, StreamedBatches, read_context_ids
 from cn_hf.errors import CheckpointError, TrainingError
 from cn_hf.evaluation.plots import new_figure, save_figure
 from cn_hf.patching.routing import RoutedModel
+from cn_hf.recipes.classifier.results import data_in_words, network_facts
 from cn_hf.training.config import TrainingConfig
-from cn_hf.training.results import data_in_words, network_facts
 
 __all__ = ["draw_batch", "preview"]
 
