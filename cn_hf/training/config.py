@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 
 from cn_hf.errors import ConfigError, nearest
+from cn_hf.validation import (
+    Count,
+    Flag,
+    Fraction,
+    Natural,
+    NotNegative,
+    Numbers,
+    Options,
+    Positive,
+    Share,
+    Text,
+    Texts,
+    Wholes,
+    one_of,
+    validated,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,7 +60,7 @@ def about(help: str, section: str) -> dict[str, str]:
     return {"help": help, "section": section}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class TrainingConfig:
     """One training run of an image classifier.
 
@@ -58,136 +71,110 @@ class TrainingConfig:
         ConfigError: An option is unknown, of the wrong type or out of range. The message names the nearest valid one.
     """
 
-    model: str = option("timm name, or transformers id or folder", section="network")
-    model_args: dict[str, Any] = dataclasses.field(
+    model: Text = option("timm name, or transformers id or folder", section="network")
+    model_args: Options = dataclasses.field(
         default_factory=dict, metadata=about("keyword arguments of the network's factory", "network")
     )
-    pretrained: bool = option("start from the published weights", False, section="network")
+    pretrained: Flag = option("start from the published weights", False, section="network")
 
-    dataset: tuple[str, ...] = option("load_dataset id or folder; several are blended", (), section="data")
-    dataset_config: str | None = option("configuration of the dataset, where it has several", None, section="data")
-    train_split: str = option("split to train on", "train", section="data")
-    validation_split: str | None = option("split to validate on; else a part of train", None, section="data")
-    test_split: str | None = option("split to report on; none for no test", "test", section="data")
-    validation_fraction: float = option("part of train kept for validation", 0.1, section="data")
-    image_column: str | None = option("image column; found by its type if not given", None, section="data")
-    label_column: str | None = option("label column; found by its type if not given", None, section="data")
-    image_size: int | None = option("side of the square images the network gets; else as stored", None, section="data")
-    decode_size: int | None = option(
+    dataset: Texts = option("load_dataset id or folder; several are blended", (), section="data")
+    dataset_config: Text | None = option("configuration of the dataset, where it has several", None, section="data")
+    train_split: Text = option("split to train on", "train", section="data")
+    validation_split: Text | None = option("split to validate on; else a part of train", None, section="data")
+    test_split: Text | None = option("split to report on; none for no test", "test", section="data")
+    validation_fraction: Fraction = option("part of train kept for validation", 0.1, section="data")
+    image_column: Text | None = option("image column; found by its type if not given", None, section="data")
+    label_column: Text | None = option("label column; found by its type if not given", None, section="data")
+    image_size: Count | None = option(
+        "side of the square images the network gets; else as stored", None, section="data"
+    )
+    decode_size: Count | None = option(
         "side to decode to; else image_size, or as stored where that is smaller", None, section="data"
     )
-    max_train_images: int | None = option("train on the first so many images of a shuffle", None, section="data")
-    max_test_images: int | None = option("test on the first so many images of a shuffle", None, section="data")
-    share_labels: bool = option("blended datasets share one label space", False, section="data")
-    skip_corrupt: bool = option("leave out images that cannot be read, and count them", False, section="data")
-    augment: tuple[str, ...] = option("flip, crop, rotation, zoom, invert", (), section="data")
-    augment_options: dict[str, Any] = dataclasses.field(
+    max_train_images: Count | None = option("train on the first so many images of a shuffle", None, section="data")
+    max_test_images: Count | None = option("test on the first so many images of a shuffle", None, section="data")
+    share_labels: Flag = option("blended datasets share one label space", False, section="data")
+    skip_corrupt: Flag = option("leave out images that cannot be read, and count them", False, section="data")
+    augment: Texts = option("flip, crop, rotation, zoom, invert", (), section="data")
+    augment_options: Options = dataclasses.field(
         default_factory=dict, metadata=about("options of AugmentationConfig", "data")
     )
-    mixup: float = option("alpha of mixup; 0: none", 0.0, section="data")
-    cutmix: float = option("alpha of CutMix; 0: none", 0.0, section="data")
-    mix_probability: float = option("part of the image pairs that are mixed", 1.0, section="data")
-    mix_switch_probability: float = option("where both are on, part that is cut-mixed", 0.5, section="data")
-    mean: tuple[float, ...] = option("mean of each channel, white being 1; else measured", (), section="data")
-    std: tuple[float, ...] = option("standard deviation of each channel; else measured", (), section="data")
-    drop_last: bool = option("leave out the last batch of an epoch where it is smaller", False, section="data")
-    streaming: bool = option("read the dataset as a stream, never storing it", False, section="data")
-    memory: float = option("GiB of decoded images to hold; larger splits are read as used", 4.0, section="data")
-    num_workers: int = option("processes (a stream: threads) that decode images; 0: none", 0, section="data")
+    mixup: NotNegative = option("alpha of mixup; 0: none", 0.0, section="data")
+    cutmix: NotNegative = option("alpha of CutMix; 0: none", 0.0, section="data")
+    mix_probability: Share = option("part of the image pairs that are mixed", 1.0, section="data")
+    mix_switch_probability: Share = option("where both are on, part that is cut-mixed", 0.5, section="data")
+    mean: Numbers = option("mean of each channel, white being 1; else measured", (), section="data")
+    std: Numbers = option("standard deviation of each channel; else measured", (), section="data")
+    drop_last: Flag = option("leave out the last batch of an epoch where it is smaller", False, section="data")
+    streaming: Flag = option("read the dataset as a stream, never storing it", False, section="data")
+    memory: NotNegative = option("GiB of decoded images to hold; larger splits are read as used", 4.0, section="data")
+    num_workers: Natural = option("processes (a stream: threads) that decode images; 0: none", 0, section="data")
 
-    mode: str = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "none", section="contexts")
-    where: tuple[str, ...] = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
-    contexts: str = option(
+    mode: Text = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "none", section="contexts")
+    where: Texts = option("norms, paper, input, embed or module-name patterns", (), section="contexts")
+    contexts: Text = option(
         "where contexts come from: none, column:NAME, origin (of several datasets), clusters:METHOD:K:FEATURES or "
         "brightness",
         "none",
         section="contexts",
     )
-    num_contexts: int | None = option("number of contexts, where the source leaves it open", None, section="contexts")
-    balance_contexts: bool = option("train on every context equally often", False, section="contexts")
-    norm_options: dict[str, Any] = dataclasses.field(
+    num_contexts: Count | None = option("number of contexts, where the source leaves it open", None, section="contexts")
+    balance_contexts: Flag = option("train on every context equally often", False, section="contexts")
+    norm_options: Options = dataclasses.field(
         default_factory=dict, metadata=about("further options of ContextNormConfig", "contexts")
     )
-    calibrate: str = option(
+    calibrate: Annotated[Text, one_of(CALIBRATE)] = option(
         "start the norms from training images: auto (where a BatchNorm had none), always, never",
         "auto",
         section="contexts",
     )
-    calibration_batches: int = option("training batches used for that", 8, section="contexts")
+    calibration_batches: Count = option("training batches used for that", 8, section="contexts")
 
-    epochs: int = option("passes over the training images", 100, section="training")
-    batch_size: int = option("images per step, over all processes", 256, section="training")
-    accumulation_steps: int = option("parts a step's images go through the network in", 1, section="training")
-    optimizer: str = option("rmsprop, sgd, adam or adamw", "rmsprop", section="training")
-    learning_rate: float = option("highest learning rate", 1e-3, section="training")
-    momentum: float = option("momentum of rmsprop and sgd", 0.9, section="training")
-    weight_decay: float = option("weight decay", 1e-4, section="training")
-    decay_context_parameters: bool = option("decay the parameters CN added, too", False, section="training")
-    decay_one_dimensional: bool = option("decay biases and norm weights, too", True, section="training")
-    optimizer_args: dict[str, Any] = dataclasses.field(
+    epochs: Count = option("passes over the training images", 100, section="training")
+    batch_size: Count = option("images per step, over all processes", 256, section="training")
+    accumulation_steps: Count = option("parts a step's images go through the network in", 1, section="training")
+    optimizer: Annotated[Text, one_of(OPTIMIZERS)] = option(
+        "rmsprop, sgd, adam or adamw", "rmsprop", section="training"
+    )
+    learning_rate: Positive = option("highest learning rate", 1e-3, section="training")
+    momentum: Fraction = option("momentum of rmsprop and sgd", 0.9, section="training")
+    weight_decay: NotNegative = option("weight decay", 1e-4, section="training")
+    decay_context_parameters: Flag = option("decay the parameters CN added, too", False, section="training")
+    decay_one_dimensional: Flag = option("decay biases and norm weights, too", True, section="training")
+    optimizer_args: Options = dataclasses.field(
         default_factory=dict, metadata=about("further arguments of the torch optimizer", "training")
     )
-    schedule: str = option("constant, cosine or step", "constant", section="training")
-    warmup_epochs: float = option("epochs of linear warm-up", 0.0, section="training")
-    minimum_learning_rate: float = option("where the cosine ends", 0.0, section="training")
-    step_epochs: tuple[int, ...] = option("epochs after which the step schedule drops", (), section="training")
-    step_factor: float = option("factor of each drop", 0.1, section="training")
-    clip_grad_norm: float | None = option("largest norm of the gradient", None, section="training")
-    label_smoothing: float = option("label smoothing", 0.0, section="training")
-    ema_decay: float | None = option(
+    schedule: Annotated[Text, one_of(SCHEDULES)] = option("constant, cosine or step", "constant", section="training")
+    warmup_epochs: NotNegative = option("epochs of linear warm-up", 0.0, section="training")
+    minimum_learning_rate: NotNegative = option("where the cosine ends", 0.0, section="training")
+    step_epochs: Wholes = option("epochs after which the step schedule drops", (), section="training")
+    step_factor: Positive = option("factor of each drop", 0.1, section="training")
+    clip_grad_norm: Positive | None = option("largest norm of the gradient", None, section="training")
+    label_smoothing: Fraction = option("label smoothing", 0.0, section="training")
+    ema_decay: Fraction | None = option(
         "average the weights with this decay a step, and validate and keep the averages", None, section="training"
     )
-    patience: int | None = option("stop after so many epochs without a better validation", None, section="training")
-    keep_best: bool = option("end with the weights of the best validation epoch", True, section="training")
-    mixed_precision: str | None = option("no, fp16 or bf16; else the launcher's", None, section="training")
-    compile: bool = option("torch.compile the network", False, section="training")
-    channels_last: bool = option("images and convolutions in channels-last layout", False, section="training")
-    seed: int = option("seed of weights, data order and augmentation", 0, section="training")
+    patience: Count | None = option("stop after so many epochs without a better validation", None, section="training")
+    keep_best: Flag = option("end with the weights of the best validation epoch", True, section="training")
+    mixed_precision: Annotated[Text, one_of(MIXED_PRECISIONS)] | None = option(
+        "no, fp16 or bf16; else the launcher's", None, section="training"
+    )
+    compile: Flag = option("torch.compile the network", False, section="training")
+    channels_last: Flag = option("images and convolutions in channels-last layout", False, section="training")
+    seed: Natural = option("seed of weights, data order and augmentation", 0, section="training")
 
-    baseline: bool = option("also train the same network without contexts, for the leak check", False, section="output")
-    progress: bool = option("show a progress bar", True, section="output")
-    trackers: tuple[str, ...] = option("tensorboard, wandb, trackio, ... if installed", (), section="output")
-    checkpoint_steps: int | None = option("steps between checkpoints; else one per epoch", None, section="output")
-    keep_checkpoints: int = option("how many of them are kept", 2, section="output")
-    output_dir: str | None = option("folder for checkpoints, results.json and curves", None, section="output")
+    baseline: Flag = option("also train the same network without contexts, for the leak check", False, section="output")
+    progress: Flag = option("show a progress bar", True, section="output")
+    trackers: Texts = option("tensorboard, wandb, trackio, ... if installed", (), section="output")
+    checkpoint_steps: Count | None = option("steps between checkpoints; else one per epoch", None, section="output")
+    keep_checkpoints: Count = option("how many of them are kept", 2, section="output")
+    output_dir: Text | None = option("folder for checkpoints, results.json and curves", None, section="output")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = _coerced(field.name, getattr(self, field.name), hints[field.name])
-            object.__setattr__(self, field.name, value)
         if not self.model:
             raise ConfigError("model is empty; give a timm name or a transformers id or folder")
-        choices = {
-            "calibrate": CALIBRATE, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "mixed_precision": MIXED_PRECISIONS
-        }  # fmt: skip
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known and value is not None:
-                raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
-        self._check_ranges()
         self._check_agreement()
         self.context_norm_config()
-
-    def _check_ranges(self) -> None:
-        at_least = {
-            "image_size": 1, "decode_size": 1, "max_train_images": 1, "max_test_images": 1, "num_contexts": 1,
-            "calibration_batches": 1, "epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_epochs": 0.0,
-            "minimum_learning_rate": 0.0, "patience": 1, "seed": 0, "accumulation_steps": 1, "mixup": 0.0,
-            "cutmix": 0.0, "num_workers": 0, "memory": 0.0, "checkpoint_steps": 1, "keep_checkpoints": 1,
-        }  # fmt: skip
-        for name, minimum in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise ConfigError(f"{name} must be at least {minimum}, got {value}")
-        for name in ("momentum", "validation_fraction", "label_smoothing", "ema_decay"):
-            if (value := getattr(self, name)) is not None and not 0.0 <= value < 1.0:
-                raise ConfigError(f"{name} must be in [0, 1), got {value}")
-        for name in ("mix_probability", "mix_switch_probability"):
-            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {value}")
-        for name in ("learning_rate", "step_factor", "clip_grad_norm"):
-            if (value := getattr(self, name)) is not None and not value > 0.0:
-                raise ConfigError(f"{name} must be positive, got {value}")
 
     def _check_agreement(self) -> None:
         if any(epoch < 1 for epoch in self.step_epochs) or list(self.step_epochs) != sorted(set(self.step_epochs)):
@@ -277,15 +264,7 @@ class TrainingConfig:
         Raises:
             ConfigError: An unknown option (the nearest valid one is named), or an invalid value.
         """
-        fields = dataclasses.fields(cls)
-        known = [field.name for field in fields]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}; {nearest(str(name), known)}")
-        needs_model = any(field.name == "model" and field.default is dataclasses.MISSING for field in fields)
-        if needs_model and "model" not in options:
-            raise ConfigError("option 'model' is missing; give a timm name or a transformers id or folder")
-        return cls(**options)
+        return cls(**{str(name): value for name, value in options.items()})
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal config."""
@@ -340,32 +319,3 @@ def _mapping(options: Any, *, source: str = "a training config") -> dict[str, An
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ConfigError(f"{source} must map option names to values, got {type(options).__name__}")
     return options
-
-
-def _coerced(name: str, value: Any, annotation: Any) -> Any:
-    """``value`` as the annotated type; lossless conversions only (YAML reads 1e-3 as text and 1 as an int)."""
-    if isinstance(annotation, types.UnionType):
-        if value is None:
-            return None
-        (annotation,) = (arm for arm in typing.get_args(annotation) if arm is not types.NoneType)
-    kind = typing.get_origin(annotation) or annotation
-    if kind is tuple:
-        (item, _) = typing.get_args(annotation)
-        if isinstance(value, list | tuple):
-            return tuple(_coerced(name, entry, item) for entry in value)
-        return (_coerced(name, value, item),)
-    if kind is dict and isinstance(value, Mapping):
-        return dict(value)
-    if kind is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    expected = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", dict: "a mapping"}
-    raise ConfigError(f"option {name!r} must be {expected[kind]}, got {value!r}")

@@ -12,10 +12,23 @@ Defaults are those of the paper's section IV-F and of the AdaMatch publication; 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Annotated
 
-from cn_hf.errors import ConfigError, nearest
-from cn_hf.training.config import TrainingConfig, option
+from cn_hf.errors import ConfigError
+from cn_hf.training.config import OPTIMIZERS, SCHEDULES, TrainingConfig, option
+from cn_hf.validation import (
+    Count,
+    Flag,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    Text,
+    Texts,
+    one_of,
+    validated,
+)
 
 __all__ = ["ALIGNMENTS", "SETTINGS", "STANDARDIZATIONS", "AdaMatchConfig"]
 
@@ -24,7 +37,7 @@ ALIGNMENTS = ("per class", "overall")
 STANDARDIZATIONS = ("dataset", "image")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class AdaMatchConfig(TrainingConfig):
     """One AdaMatch run.
 
@@ -35,54 +48,42 @@ class AdaMatchConfig(TrainingConfig):
         ConfigError: An option is unknown, of the wrong type or out of range, or contradicts another.
     """
 
-    setting: str = option("uda, ssl or ssda: which labels are given", "uda", section="data")
-    labels_per_class: int | None = option("labelled target images a class, for ssl and ssda", None, section="data")
-    unlabelled_ratio: int = option("unlabelled images of a step for each of batch_size", 3, section="data")
-    strong_operations: int = option("operations of RandAugment on strong views", 2, section="data")
-    strong_magnitude: float = option("their magnitude, as a part of the largest", 0.5, section="data")
-    labelled_neighbours: float = option(
+    setting: Annotated[Text, one_of(SETTINGS)] = option(
+        "uda, ssl or ssda: which labels are given", "uda", section="data"
+    )
+    labels_per_class: Count | None = option("labelled target images a class, for ssl and ssda", None, section="data")
+    unlabelled_ratio: Count = option("unlabelled images of a step for each of batch_size", 3, section="data")
+    strong_operations: Natural = option("operations of RandAugment on strong views", 2, section="data")
+    strong_magnitude: Share = option("their magnitude, as a part of the largest", 0.5, section="data")
+    labelled_neighbours: Share = option(
         "part of labelled images that are put between two others, as a digit stands in a number", 0.0, section="data"
     )
-    strong_convolution: float = option(
+    strong_convolution: Share = option(
         "part of strong views that a random convolution goes over first", 0.0, section="data"
     )
-    standardize: str = option(
+    standardize: Annotated[Text, one_of(STANDARDIZATIONS)] = option(
         "inputs by the mean and std of the dataset, or of each image (instance statistics)", "dataset", section="data"
     )
-    tau: float = option("confidence threshold, relative to that in labelled images", 0.9, section="training")
-    alignment: str = option(
+    tau: Share = option("confidence threshold, relative to that in labelled images", 0.9, section="training")
+    alignment: Annotated[Text, one_of(ALIGNMENTS)] = option(
         "distribution alignment: 'per class', or 'overall', which changes nothing", "per class", section="training"
     )
 
-    share_labels: bool = option("the two datasets share one label space; AdaMatch needs it", True, section="data")
-    contexts: str = option(
+    share_labels: Flag = option("the two datasets share one label space; AdaMatch needs it", True, section="data")
+    contexts: Text = option(
         "origin (of each image); for ssl none, or any of the classifier's other kinds", "origin", section="contexts"
     )
-    augment: tuple[str, ...] = option(
-        "weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data"
-    )
-    batch_size: int = option("labelled images per step, over all processes", 64, section="training")
-    epochs: int = option("passes over the unlabelled images", 10, section="training")
-    optimizer: str = option("rmsprop, sgd, adam or adamw", "adam", section="training")
-    learning_rate: float = option("highest learning rate", 2e-3, section="training")
-    weight_decay: float = option("weight decay", 5e-4, section="training")
-    schedule: str = option("constant, cosine or step", "cosine", section="training")
-    ema_decay: float | None = option(
+    augment: Texts = option("weak augmentation: flip, crop, rotation, zoom, invert", ("crop",), section="data")
+    batch_size: Count = option("labelled images per step, over all processes", 64, section="training")
+    epochs: Count = option("passes over the unlabelled images", 10, section="training")
+    optimizer: Annotated[Text, one_of(OPTIMIZERS)] = option("rmsprop, sgd, adam or adamw", "adam", section="training")
+    learning_rate: Positive = option("highest learning rate", 2e-3, section="training")
+    weight_decay: NotNegative = option("weight decay", 5e-4, section="training")
+    schedule: Annotated[Text, one_of(SCHEDULES)] = option("constant, cosine or step", "cosine", section="training")
+    ema_decay: Fraction | None = option(
         "average the weights with this decay a step, and validate and keep the averages", 0.999, section="training"
     )
-    keep_best: bool = option("end with the weights of the best (labelled) validation epoch", False, section="training")
-
-    def _check_ranges(self) -> None:
-        TrainingConfig._check_ranges(self)
-        for name, known in (("setting", SETTINGS), ("alignment", ALIGNMENTS), ("standardize", STANDARDIZATIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, known)}")
-        for name, least in (("labels_per_class", 1), ("unlabelled_ratio", 1), ("strong_operations", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name in ("tau", "strong_magnitude", "strong_convolution", "labelled_neighbours"):
-            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {value}")
+    keep_best: Flag = option("end with the weights of the best (labelled) validation epoch", False, section="training")
 
     def _check_agreement(self) -> None:
         TrainingConfig._check_agreement(self)

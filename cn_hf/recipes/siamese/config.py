@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 from cn_hf.errors import ConfigError
-from cn_hf.training.config import TrainingConfig, option
+from cn_hf.training.config import CALIBRATE, OPTIMIZERS, SCHEDULES, TrainingConfig, option
+from cn_hf.validation import Count, Flag, Fraction, NotNegative, Positive, Text, Texts, one_of, validated
 
 __all__ = ["VIEWS", "SiameseConfig"]
 
@@ -19,7 +21,7 @@ VIEWS = "none"
 _WITHOUT_MEANING = ("label_column", "mixup", "cutmix", "label_smoothing", "balance_contexts", "streaming", "baseline")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class SiameseConfig(TrainingConfig):
     """One Siamese run.
 
@@ -30,56 +32,45 @@ class SiameseConfig(TrainingConfig):
         ConfigError: An option is unknown, of the wrong type or out of range, or has no meaning for pairs.
     """
 
-    model: str = option("timm name, or transformers id or folder", "test_vit", section="network")
-    embedding_dim: int = option("outputs of the network", 64, section="network")
+    model: Text = option("timm name, or transformers id or folder", "test_vit", section="network")
+    embedding_dim: Count = option("outputs of the network", 64, section="network")
 
-    identity_column: str | None = option(
+    identity_column: Text | None = option(
         f"column that says which object an image shows; {VIEWS}: two views of an image are the same object",
         None,
         section="data",
     )
-    validation_fraction: float = option("part of train kept for validation", 0.2, section="data")
-    image_size: int | None = option("side of the square images the network gets; else as stored", 128, section="data")
-    augment: tuple[str, ...] = option(
-        "flip, crop, rotation, zoom, invert", ("flip", "rotation", "zoom"), section="data"
-    )
+    validation_fraction: Fraction = option("part of train kept for validation", 0.2, section="data")
+    image_size: Count | None = option("side of the square images the network gets; else as stored", 128, section="data")
+    augment: Texts = option("flip, crop, rotation, zoom, invert", ("flip", "rotation", "zoom"), section="data")
 
-    mode: str = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
-    where: tuple[str, ...] = option(
-        "norms, paper, input, embed or module-name patterns", ("input",), section="contexts"
-    )
-    calibrate: str = option(
+    mode: Text = option("none, bn, mn, dsbn, cn, cn-channels or cn-patches", "cn-channels", section="contexts")
+    where: Texts = option("norms, paper, input, embed or module-name patterns", ("input",), section="contexts")
+    calibrate: Annotated[Text, one_of(CALIBRATE)] = option(
         "start the norms from training images: auto (where a BatchNorm had none), always, never",
         "always",
         section="contexts",
     )
-    calibration_batches: int = option("training batches used for that", 64, section="contexts")
-    source_context: str = option("context that images are restyled from, and back to", "day", section="contexts")
-    target_context: str = option("context that images are restyled to", "night", section="contexts")
+    calibration_batches: Count = option("training batches used for that", 64, section="contexts")
+    source_context: Text = option("context that images are restyled from, and back to", "day", section="contexts")
+    target_context: Text = option("context that images are restyled to", "night", section="contexts")
 
-    share_labels: bool = option("objects of the same name in several datasets are the same", True, section="data")
+    share_labels: Flag = option("objects of the same name in several datasets are the same", True, section="data")
 
-    margin: float = option("distance from which pairs of different objects are left alone", 1.0, section="training")
-    epochs: int = option("passes over the training images", 40, section="training")
-    batch_size: int = option("pairs per step, over all processes", 32, section="training")
-    optimizer: str = option("rmsprop, sgd, adam or adamw", "adamw", section="training")
-    learning_rate: float = option("highest learning rate", 3e-4, section="training")
-    weight_decay: float = option("weight decay", 0.05, section="training")
-    decay_one_dimensional: bool = option("decay biases and norm weights, too", False, section="training")
-    schedule: str = option("constant, cosine or step", "cosine", section="training")
-    warmup_epochs: float = option("epochs of linear warm-up", 2.0, section="training")
-    clip_grad_norm: float | None = option("largest norm of the gradient", 1.0, section="training")
+    margin: Positive = option("distance from which pairs of different objects are left alone", 1.0, section="training")
+    epochs: Count = option("passes over the training images", 40, section="training")
+    batch_size: Count = option("pairs per step, over all processes", 32, section="training")
+    optimizer: Annotated[Text, one_of(OPTIMIZERS)] = option("rmsprop, sgd, adam or adamw", "adamw", section="training")
+    learning_rate: Positive = option("highest learning rate", 3e-4, section="training")
+    weight_decay: NotNegative = option("weight decay", 0.05, section="training")
+    decay_one_dimensional: Flag = option("decay biases and norm weights, too", False, section="training")
+    schedule: Annotated[Text, one_of(SCHEDULES)] = option("constant, cosine or step", "cosine", section="training")
+    warmup_epochs: NotNegative = option("epochs of linear warm-up", 2.0, section="training")
+    clip_grad_norm: Positive | None = option("largest norm of the gradient", 1.0, section="training")
 
-    compare: bool = option(
+    compare: Flag = option(
         "also train without contexts and with the other start, and report all three", False, section="output"
     )
-
-    def _check_ranges(self) -> None:
-        TrainingConfig._check_ranges(self)
-        if not self.margin > 0:
-            raise ConfigError(f"margin must be positive, got {self.margin}")
-        if self.embedding_dim < 1:
-            raise ConfigError(f"embedding_dim must be at least 1, got {self.embedding_dim}")
 
     def _check_agreement(self) -> None:
         TrainingConfig._check_agreement(self)
