@@ -137,20 +137,35 @@ def validated(cls: type[Config]) -> type[Config]:
 def _explained(found: ValidationError, cls: type) -> ConfigError:
     """Return the first thing that is wrong, in words."""
     error = found.errors(include_url=False)[0]
+    path = [part for part in error["loc"] if isinstance(part, str)]
+    place, name, whole = ".".join(path[:-1]), path[-1] if path else "", ".".join(path)
     own = error.get("ctx", {}).get("error")
     if isinstance(own, ConfigError):
-        return own
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    name = str(error["loc"][0]) if error["loc"] else ""
+        return type(own)(f"{place}: {own}") if place else own
+    owner = _hint_at(cls, path[:-1])
+    fields = {field.name: field for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
     if error["type"] == "unexpected_keyword_argument":
-        return ConfigError(f"unknown option {name!r}; {nearest(name, fields)}")
+        return ConfigError(f"unknown option {whole!r}; {nearest(name, fields)}")
     if error["type"] == "missing":
-        about = fields[name].metadata.get("help")
-        return ConfigError(f"option {name!r} is missing" + (f"; give {about}" if about else ""))
-    words = _limits(typing.get_type_hints(cls, include_extras=True).get(name))
+        about = fields[name].metadata.get("help") if name in fields else None
+        return ConfigError(f"option {whole!r} is missing" + (f"; give {about}" if about else ""))
+    words = _limits(_hint_at(cls, path))
     if words is not None and isinstance(error["input"], int | float):
-        return ConfigError(f"{name} must be {words}, got {error['input']}")
-    return ConfigError(f"option {name!r}: {error['msg']}, got {error['input']!r}")
+        return ConfigError(f"{whole} must be {words}, got {error['input']}")
+    return ConfigError(f"option {whole!r}: {error['msg']}, got {error['input']!r}")
+
+
+def _hint_at(cls: type, path: Sequence[str]) -> Any:
+    """Return the type of the value at a path through dataclasses and mappings."""
+    hint: Any = cls
+    for name in path:
+        while typing.get_origin(hint) is Annotated:
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint, include_extras=True).get(name)
+        else:
+            hint = typing.get_args(hint)[-1] if typing.get_args(hint) else None
+    return hint
 
 
 def _limits(hint: Any) -> str | None:

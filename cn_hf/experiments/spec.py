@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
 from cn_hf.errors import ConfigError, nearest
+from cn_hf.validation import Count, Number, Options, Text, Texts, one_of, several, validated
 
 if TYPE_CHECKING:
     from cn_hf.training.config import TrainingConfig
@@ -59,29 +61,29 @@ TRAINER_COLUMN_OPTIONS = {
 RESERVED = ("dataset", "seed", "output_dir", "progress", "baseline")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class Measure:
     """A number the paper prints of a row and column: top-``k`` accuracy, in percent.
 
     ``context``: over the test images of this context only.
     """
 
-    title: str
-    k: int
-    context: str | None = None
+    title: Text
+    k: Count
+    context: Text | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class Column:
     """A dataset and the options the paper varies on it; several datasets are blended."""
 
-    name: str
-    title: str
-    datasets: tuple[str, ...]
-    options: Mapping[str, Any]
+    name: Text
+    title: Text
+    datasets: Texts
+    options: Options = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class Row:
     """A network with one normalization, or one protocol of its evaluation.
 
@@ -95,16 +97,16 @@ class Row:
         differences: From the paper's protocol, besides those of all rows.
     """
 
-    name: str
-    title: str
-    options: Mapping[str, Any]
-    of: str
-    protocol: str | None
-    paper: Mapping[str, tuple[float | None, ...]]
-    differences: str
+    name: Text
+    title: Text
+    options: Options = dataclasses.field(default_factory=dict)
+    of: Text
+    protocol: Text | None = None
+    paper: dict[Text, Annotated[tuple[Number | None, ...], several]] = dataclasses.field(default_factory=dict)
+    differences: Text = ""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class Budget:
     """How much of the paper's protocol is run.
 
@@ -112,17 +114,17 @@ class Budget:
         name: Of ``BUDGETS``, which every experiment has, or another one.
         seeds: Runs of every cell.
         threads: Of torch on a CPU; None: as many as it takes by itself.
-        columns: Those that are run.
+        columns: Those that are run; in a file none stands for all.
         options: Of ``TrainingConfig``, in place of the paper's.
         summary: All that in words, for the report.
     """
 
-    name: str
-    seeds: int
-    threads: int | None
-    columns: tuple[str, ...]
-    options: Mapping[str, Any]
-    summary: str
+    name: Text
+    seeds: Count
+    threads: Count | None = None
+    columns: Texts = ()
+    options: Options = dataclasses.field(default_factory=dict)
+    summary: Text
 
     @property
     def is_evidence(self) -> bool:
@@ -200,12 +202,17 @@ def read_experiment(name: str, folder: Path | None = None) -> Experiment:
     if name not in known:
         raise ConfigError(f"unknown experiment {name!r}; {nearest(name, known)}")
     folder = _shipped() if folder is None else folder
-    content = _load(folder / f"{name}.yaml")
-    if (trains := content.values.pop("cells_of", None)) is None:
-        return _trained(name, content)
-    if trains == name or trains not in known:
-        raise content.error("cells_of", f"is {trains!r}; {nearest(str(trains), set(known) - {name})}")
-    return _derived(name, content, read_experiment(trains, folder))
+    file = folder / f"{name}.yaml"
+    content = _load(file)
+    source = None
+    if (trains := content.pop("cells_of", None)) is not None:
+        if trains == name or trains not in known:
+            raise ConfigError(f"{file.name}: cells_of is {trains!r}; {nearest(str(trains), set(known) - {name})}")
+        source = read_experiment(trains, folder)
+    try:
+        return _trained(name, _Trained(**content)) if source is None else _derived(name, _Derived(**content), source)
+    except ConfigError as error:
+        raise type(error)(f"{file.name}: {error}") from None
 
 
 def _shipped() -> Path:
@@ -214,201 +221,136 @@ def _shipped() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "scripts" / "experiments"
 
 
-_T = TypeVar("_T")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Content:
-    """A mapping of a YAML file, and where in which file it stands. Entries are taken out; what is left is unknown."""
-
-    file: str
-    place: str
-    values: dict[str, Any]
-
-    def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {self.place}{key} {problem}")
-
-    def take(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
-        value = self.values.pop(key, default)
-        if value is None:
-            raise self.error(key, "is missing")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be a {kind.__name__}, got {value!r}")
-        return value
-
-    def names(self, key: str, known: Iterable[str] | None = None, default: list[str] | None = None) -> tuple[str, ...]:
-        """A list of texts, each one of ``known``."""
-        listed = self.take(key, list, default)
-        for entry in listed:
-            if not isinstance(entry, str):
-                raise self.error(key, f"must list texts, got {entry!r}")
-            if known is not None and entry not in known:
-                raise self.error(key, f"holds {entry!r}; {nearest(entry, known)}")
-        return tuple(listed)
-
-    def options(self, known: Iterable[str]) -> dict[str, Any]:
-        options = self.take("options", dict, {})
-        for name in options:
-            if name not in known:
-                raise self.error("options", f"holds {name!r}; {nearest(str(name), known)}")
-        return options
-
-    def parts(self, key: str) -> dict[str, _Content]:
-        """A mapping of names to mappings."""
-        parts = {}
-        for name, value in self.take(key, dict).items():
-            if not isinstance(name, str) or not name or (key in ("rows", "columns") and set(name) & set("./*?[] ")):
-                raise self.error(key, f"holds {name!r}; a name is text, in cells without any of . / * ? [ ] and blanks")
-            if not isinstance(value, dict):
-                raise self.error(f"{key}.{name}", f"must be a mapping, got {value!r}")
-            parts[name] = _Content(self.file, f"{self.place}{key}.{name}.", dict(value))
-        if not parts:
-            raise self.error(key, "is empty")
-        return parts
-
-    def finish(self) -> None:
-        """Refuse what nobody asked for."""
-        for key in self.values:
-            raise self.error(str(key), "is unknown")
-
-
-def _load(file: Path) -> _Content:
+def _load(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file.name} must be a mapping, got {type(values).__name__}")
-    return _Content(file.name, "", values)
+    return {str(name): value for name, value in values.items()}
 
 
-def _trained(name: str, content: _Content) -> Experiment:
-    trainer = content.take("trainer", str, TRAINERS[0])
-    if trainer not in TRAINERS:
-        raise content.error("trainer", f"is {trainer!r}; {nearest(trainer, TRAINERS)}")
-    columns = {key: _column(key, part, trainer) for key, part in content.parts("columns").items()}
-    measures = _measures(content)
-    parts = content.parts("rows")
-    own = [key for key, part in parts.items() if "of" not in part.values]
-    rows = {key: _row(key, part, columns, measures, own) for key, part in parts.items()}
-    experiment = Experiment(
+def _named(*keys: str) -> BeforeValidator:
+    """Return a validator of a mapping of parts, which gives each part its own name under these keys."""
+
+    def add(parts: Any) -> Any:
+        if not isinstance(parts, Mapping):
+            return parts
+        return {
+            name: {**dict.fromkeys(keys, name), **part} if isinstance(part, Mapping) else part
+            for name, part in parts.items()
+        }
+
+    return BeforeValidator(add)
+
+
+Measures = Annotated[dict[Text, Measure], _named("title")]
+Rows = Annotated[dict[Text, Row], _named("name", "of")]
+Figures = Annotated[tuple[Annotated[Text, one_of(FIGURES)], ...], several]
+
+
+@validated
+class _Derived:
+    """The file of an experiment that reads another's cells."""
+
+    title: Text
+    measures: Measures = dataclasses.field(default_factory=dict)
+    rows: Rows
+    figures: Figures = ()
+    differences: Texts = ()
+
+
+@validated
+class _Trained(_Derived):
+    """The file of an experiment that trains."""
+
+    trainer: Annotated[Text, one_of(TRAINERS)] = TRAINERS[0]
+    options: Options = dataclasses.field(default_factory=dict)
+    columns: Annotated[dict[Text, Column], _named("name")]
+    baseline: Text
+    budgets: Annotated[dict[Text, Budget], _named("name")]
+
+
+def _trained(name: str, file: _Trained) -> Experiment:
+    fields = _config_fields(file.trainer)
+    trained = {key: row for key, row in file.rows.items() if row.of == key}
+    column_options = (*COLUMN_OPTIONS, *TRAINER_COLUMN_OPTIONS[file.trainer])
+    _check_known("options", file.options, fields)
+    for key, column in file.columns.items():
+        _check_cell_name(f"columns holds {key!r}", key)
+        _check_known(f"columns.{key}.options", column.options, column_options)
+    if not file.columns:
+        raise ConfigError("columns is empty")
+    _check_rows(file.rows, trained, file.columns, len(file.measures))
+    if file.baseline not in trained:
+        raise ConfigError(f"baseline is {file.baseline!r}; {nearest(file.baseline, trained)}")
+    budgets = {}
+    for key, budget in file.budgets.items():
+        _check_known(f"budgets.{key}.columns", budget.columns, file.columns)
+        _check_known(f"budgets.{key}.options", budget.options, fields)
+        budgets[key] = dataclasses.replace(budget, columns=budget.columns or tuple(file.columns))
+    if missing := [key for key in BUDGETS if key not in budgets]:
+        raise ConfigError(f"budgets must have {', '.join(missing)} besides {', '.join(budgets) or 'none'}")
+    return Experiment(
         name=name,
-        title=content.take("title", str),
+        title=file.title,
         trains=name,
-        trainer=trainer,
-        options=content.options(_config_fields(trainer)),
-        columns=columns,
-        rows=rows,
-        trained={key: rows[key] for key in own},
-        measures=measures,
-        baseline=_one_of(content, "baseline", own),
-        budgets=_budgets(content, columns, trainer),
-        figures=content.names("figures", FIGURES),
-        differences=content.names("differences"),
+        trainer=file.trainer,
+        options=file.options,
+        columns=file.columns,
+        rows=file.rows,
+        trained=trained,
+        measures=tuple(file.measures.values()),
+        baseline=file.baseline,
+        budgets=budgets,
+        figures=file.figures,
+        differences=file.differences,
     )
-    content.finish()
-    return experiment
 
 
-def _derived(name: str, content: _Content, source: Experiment) -> Experiment:
-    """An experiment that reads another's cells: its own rows, measures and figures, all else the other's."""
-    measures = _measures(content) if "measures" in content.values else ()
-    rows = {
-        key: _row(key, part, source.columns, measures, source.trained) for key, part in content.parts("rows").items()
-    }
-    experiment = dataclasses.replace(
+def _derived(name: str, file: _Derived, source: Experiment) -> Experiment:
+    """Return the experiment with its own rows, measures and figures, and all else of its source."""
+    _check_rows(file.rows, source.trained, source.columns, len(file.measures))
+    read = {row.of for row in file.rows.values()}
+    return dataclasses.replace(
         source,
         name=name,
-        title=content.take("title", str),
-        rows=rows,
-        trained={key: row for key, row in source.trained.items() if key in {other.of for other in rows.values()}},
-        measures=measures,
-        figures=content.names("figures", FIGURES, []),
-        differences=(*source.differences, *content.names("differences", default=[])),
+        title=file.title,
+        rows=file.rows,
+        trained={key: row for key, row in source.trained.items() if key in read},
+        measures=tuple(file.measures.values()),
+        figures=file.figures,
+        differences=(*source.differences, *file.differences),
     )
-    content.finish()
-    return experiment
 
 
-def _column(name: str, content: _Content, trainer: str) -> Column:
-    column = Column(
-        name=name,
-        title=content.take("title", str),
-        datasets=content.names("datasets"),
-        options=content.options((*COLUMN_OPTIONS, *TRAINER_COLUMN_OPTIONS[trainer])),
-    )
-    content.finish()
-    return column
+def _check_rows(
+    rows: Mapping[str, Row], trained: Mapping[str, Row], columns: Mapping[str, Column], num_measures: int
+) -> None:
+    if not rows:
+        raise ConfigError("rows is empty")
+    for key, row in rows.items():
+        _check_cell_name(f"rows holds {key!r}", key)
+        if row.of not in trained:
+            raise ConfigError(f"rows.{key}.of is {row.of!r}; {nearest(row.of, trained)}")
+        _check_known(f"rows.{key}.options", row.options, ROW_OPTIONS if row.of == key else ())
+        _check_known(f"rows.{key}.paper", row.paper, columns)
+        for column, values in row.paper.items():
+            if len(values) != num_measures:
+                raise ConfigError(f"rows.{key}.paper.{column} must list {num_measures} numbers, got {list(values)}")
 
 
-def _measures(content: _Content) -> tuple[Measure, ...]:
-    measures = []
-    for title, part in content.parts("measures").items():
-        context = part.take("context", str) if "context" in part.values else None
-        measures.append(Measure(title=title, k=part.take("k", int), context=context))
-        part.finish()
-    return tuple(measures)
+def _check_cell_name(found: str, name: str) -> None:
+    if not name or set(name) & set("./*?[] "):
+        raise ConfigError(f"{found}; a name in cells is text without any of . / * ? [ ] and blanks")
 
 
-def _row(
-    name: str,
-    content: _Content,
-    columns: Mapping[str, Column],
-    measures: tuple[Measure, ...],
-    trained: Iterable[str],
-) -> Row:
-    paper = {}
-    for column, values in content.take("paper", dict, {}).items():
-        if column not in columns:
-            raise content.error("paper", f"holds {column!r}; {nearest(str(column), columns)}")
-        if not isinstance(values, list) or len(values) != len(measures):
-            raise content.error(f"paper.{column}", f"must list {len(measures)} numbers, got {values!r}")
-        if not all(value is None or type(value) in (int, float) for value in values):
-            raise content.error(f"paper.{column}", f"must list numbers, got {values!r}")
-        paper[column] = tuple(None if value is None else float(value) for value in values)
-    row = Row(
-        name=name,
-        title=content.take("title", str),
-        options=content.options(ROW_OPTIONS) if "of" not in content.values else {},
-        of=_one_of(content, "of", trained) if "of" in content.values else name,
-        protocol=content.take("protocol", str) if "protocol" in content.values else None,
-        paper=paper,
-        differences=content.take("differences", str, ""),
-    )
-    if row.of not in trained:
-        raise content.error("of", "is missing: this experiment trains nothing")
-    content.finish()
-    return row
-
-
-def _budgets(content: _Content, columns: Mapping[str, Column], trainer: str) -> dict[str, Budget]:
-    budgets = {}
-    fields = _config_fields(trainer)
-    for name, part in content.parts("budgets").items():
-        budgets[name] = Budget(
-            name=name,
-            seeds=part.take("seeds", int),
-            threads=part.take("threads", int) if "threads" in part.values else None,
-            columns=part.names("columns", columns, list(columns)),
-            options=part.options(fields),
-            summary=part.take("summary", str),
-        )
-        for key, value in (("seeds", budgets[name].seeds), ("threads", budgets[name].threads)):
-            if value is not None and value < 1:
-                raise part.error(key, f"must be at least 1, got {value}")
-        part.finish()
-    if missing := [name for name in BUDGETS if name not in budgets]:
-        raise content.error("budgets", f"must have {', '.join(missing)} besides {', '.join(budgets) or 'none'}")
-    return budgets
-
-
-def _one_of(content: _Content, key: str, known: Iterable[str]) -> str:
-    value = content.take(key, str)
-    if value not in known:
-        raise content.error(key, f"is {value!r}; {nearest(value, known)}")
-    return value
+def _check_known(place: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{place} holds {name!r}; {nearest(name, known)}")
 
 
 def _config_fields(trainer: str) -> list[str]:
