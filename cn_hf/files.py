@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,19 @@ from typing import Any
 
 from cn_hf.errors import CheckpointError
 
-__all__ = ["read_description", "sha256_of", "write_json", "write_whole", "written_whole"]
+__all__ = [
+    "check_regular",
+    "read_bounded",
+    "read_description",
+    "read_json",
+    "sha256_of",
+    "write_json",
+    "write_whole",
+    "written_whole",
+]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
+_MOST_BYTES, _MOST_VALUES = 1 << 25, 1_000_000  # of a file read as text: results of 100,000 images need 6 MB
 
 
 @contextmanager
@@ -60,17 +71,65 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def check_regular(path: Path) -> Path:
+    """Return ``path`` if it is a regular file, or a link to one: a pipe or a device would block, or never end.
+
+    Raises:
+        OSError: the file is missing or cannot be looked at; a ``CheckpointError`` if it is anything else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"Expected a file, received {path}, which is a folder, a pipe or a device.")
+    return path
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, as hexadecimal digits.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is none.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with check_regular(Path(path)).open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_bounded(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
+    """Content of a file of text from outside: JSON or YAML, which take many times their size when parsed.
+
+    Raises:
+        OSError: the file cannot be read; a ``CheckpointError`` if it is no file, or larger than such files are.
+    """
+    with check_regular(path).open("rb") as file:
+        content = file.read(most_bytes + 1)
+    values = sum(map(content.count, (b",", b"[", b"{"))) if len(content) > _MOST_VALUES else 0
+    if len(content) > most_bytes or values > _MOST_VALUES:
+        raise CheckpointError(
+            f"Expected at most {most_bytes:,} bytes and {_MOST_VALUES:,} values, received more in {path}."
+        )
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """Value of a JSON file from outside: of bounded size, and with each key once.
+
+    Raises:
+        OSError: the file cannot be read; a ``CheckpointError`` if it is no file, or larger than such files are.
+        ValueError: the content is no such JSON.
+    """
+    try:
+        return json.loads(read_bounded(path), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
 
 
 def read_description(path: Path, *, newest: int, what: str) -> dict[str, Any]:
@@ -85,15 +144,18 @@ def read_description(path: Path, *, newest: int, what: str) -> dict[str, Any]:
         CheckpointError: it is missing, truncated, of another kind or of a newer format.
     """
     try:
-        description = json.loads(path.read_bytes())
+        description = read_json(path)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"No {what} in {path.parent}: {path.name} is missing.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is truncated or no JSON ({error}). Save it again.") from error
-    if not isinstance(description, dict) or not isinstance(description.get("format"), int):
-        raise CheckpointError(f"{path} is not a {what} of cn_hf: it has no format number.")
+    version = description.get("format") if isinstance(description, dict) else None
+    if not isinstance(description, dict) or type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} is not a {what} of cn_hf: it has no format number from 1, but {version!r}.")
     if description["format"] > newest:
         raise CheckpointError(
             f"{path} has format {description['format']}, this version reads up to {newest}: update cn_hf."

@@ -274,7 +274,7 @@ def test_contexts_that_do_not_fit_the_description_are_an_error(tmp_path):
     config = json.loads((folder / "context_norm.json").read_text())["config"]
     for changes in ({"num_contexts": 9, "context_names": None}, {"where": "input"}, {"parametrization": "table"}):
         edit(folder / "context_norm.json", config=config | changes)
-        with pytest.raises(CheckpointError, match="another model than was saved"):
+        with pytest.raises(CheckpointError, match="do not fit"):
             loaded(folder)
 
 

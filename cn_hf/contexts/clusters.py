@@ -75,14 +75,15 @@ class ClusterOptions:
             raise ConfigError(f"seed is {self.seed!r}; expected a non-negative integer.")
         for name, below in (("tol", float("inf")), ("reg_covar", float("inf")), ("min_share", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < below:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
                 raise ConfigError(f"{name} is {value!r}; expected a number of at least 0 and below {below}.")
         if self.reg_covar == 0:
             raise ConfigError("reg_covar is 0; expected more: features that never change have no variance.")
         for name in ("mean", "std"):
             value = getattr(self, name)
             numbers = (value,) if isinstance(value, int | float) else tuple(value)
-            if len(numbers) not in (1, 3) or (name == "std" and not min(numbers) > 0):
+            usable = all(math.isfinite(number) and not isinstance(number, bool) for number in numbers)
+            if not usable or len(numbers) not in (1, 3) or (name == "std" and not min(numbers) > 0):
                 raise ConfigError(f"{name} is {value!r}; expected one number or one a channel, std positive.")
             object.__setattr__(self, name, tuple(float(number) for number in numbers))
 

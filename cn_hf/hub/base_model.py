@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.errors import CheckpointError, ConfigError, PatchError
+from cn_hf.hub.bounds import built, check_arguments, check_values, weights_known, weights_of
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.convert import Slot
 from cn_hf.patching.patch import patch_model
@@ -24,21 +25,12 @@ __all__ = [
     "TIMM_ARCHITECTURE",
     "build_base",
     "build_patched",
-    "check_model_args",
     "describe_base",
     "quietly",
     "transformers_class",
 ]
 
 TIMM_ARCHITECTURE = "context_norm"  # under which timm loads all patched checkpoints; no base model is called so
-_NOT_OF_THE_MODEL = {
-    "model_name",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-}
 
 
 def describe_base(model: Any, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -130,20 +122,37 @@ def build_base(description: Mapping[str, Any], **timm_options: Any) -> nn.Module
         own_name = str(architecture).partition(".")[0] == TIMM_ARCHITECTURE
         if not isinstance(architecture, str) or own_name or not timm.is_model(architecture):
             raise CheckpointError(f"timm does not know the architecture {architecture!r}: update timm, or pass model=.")
-        arguments = dict(description.get("model_args", {}))
-        check_model_args(arguments)
-        model: nn.Module = timm.create_model(architecture, **{"pretrained": False, **arguments, **timm_options})
+        arguments = description.get("model_args", {})
+        check_arguments(arguments, "model_args")
+        check_values(arguments, "model_args")
+        model: nn.Module = built(
+            f"timm's {architecture}",
+            {**arguments, **timm_options},
+            lambda values: timm.create_model(architecture, **{"pretrained": False, **values}),
+        )
         return model
     if library == "transformers":
-        model_class = transformers_class(architecture)
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        values = dict(description["config"])
-        built: nn.Module = model_class(CONFIG_MAPPING[values.pop("model_type")].from_dict(values))
-        return built
+        model_class, values = transformers_class(architecture), description.get("config")
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"Expected a mapping as config of the base, received {values!r}.")
+        check_values(values, "config")
+        config_class = _config_class(values.get("model_type"))
+        arguments = {name: value for name, value in values.items() if name != "model_type"}
+        whole: nn.Module = built(
+            f"transformers' {architecture}", arguments, lambda values: model_class(config_class.from_dict(values))
+        )
+        return whole
     raise CheckpointError(
         f"The checkpoint is of {architecture}, which neither timm nor transformers builds: pass model=, an instance."
     )
+
+
+def _config_class(model_type: object) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"transformers does not know the model type {model_type!r}: update it.")
+    return CONFIG_MAPPING[model_type]
 
 
 def transformers_class(name: object) -> Any:
@@ -161,13 +170,27 @@ def transformers_class(name: object) -> Any:
 
 
 def build_patched(description: Mapping[str, Any], config: ContextNormConfig) -> nn.Module:
-    """``build_base`` patched, to be looked at: on the meta device where the constructors allow that."""
-    with quietly():
-        try:
-            with torch.device("meta"):
-                return patch_model(build_base(description), config=config)
-        except (NotImplementedError, RuntimeError):  # constructors that compute need real tensors
-            return patch_model(build_base(description), config=config)
+    """``build_base`` patched, to be looked at: on the meta device where the constructors allow that.
+
+    Raises:
+        CheckpointError: it cannot be built, or the configuration does not fit it.
+    """
+    try:
+        with torch.device("meta"):
+            return _build_patched(description, config)
+    except CheckpointError as error:  # constructors that compute need real tensors
+        if not (weights_known() and isinstance(error.__cause__, (NotImplementedError, RuntimeError))):
+            raise
+    return _build_patched(description, config)
+
+
+def _build_patched(description: Mapping[str, Any], config: ContextNormConfig) -> nn.Module:
+    model = build_base(description)
+    try:
+        with quietly():
+            return built("The contexts", config.to_dict(), lambda _: patch_model(model, config=config))
+    except PatchError as error:
+        raise CheckpointError(f"The contexts have no place in {_words(description)}: {error}") from error
 
 
 @contextmanager
@@ -178,21 +201,11 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def check_model_args(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that a checkpoint gives the model, but that would have timm read files of the writer's choice.
-
-    Raises:
-        CheckpointError: there is one.
-    """
-    foreign = sorted(_NOT_OF_THE_MODEL & arguments.keys())
-    if foreign:
-        raise CheckpointError(f"model_args of the checkpoint hold {foreign[0]!r}, which is no argument of a model.")
-
-
 def _try_out(model: Any, description: dict[str, Any]) -> None:
     try:
-        rebuilt = build_patched(description, model.router.config)
-    except (CheckpointError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        with weights_of(model.state_dict()):
+            rebuilt = build_patched(description, model.router.config)
+    except CheckpointError as error:
         raise ConfigError(f"This model cannot be built again from {_words(description)}: {error!r}") from error
     own, new = _anatomy(model), _anatomy(rebuilt)
     for name in {**own, **new}:

@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError
-from cn_hf.hub.base_model import check_model_args, transformers_class
+from cn_hf.hub.base_model import transformers_class
+from cn_hf.hub.bounds import built, check_arguments, check_values, weights_of
 from cn_hf.hub.repository import HubOptions, hub_errors
 from cn_hf.hub.weights import WEIGHTS_FILE, fingerprint, read_weights
 from cn_hf.patching.routing import added_names
@@ -70,7 +71,10 @@ def load_base(base: Mapping[str, Any], options: HubOptions) -> nn.Module:
 
 
 def _load_transformers(base: Mapping[str, Any], name: str, revision: str | None, options: HubOptions) -> nn.Module:
+    from transformers import PreTrainedConfig
+
     model_class, config = transformers_class(base.get("architecture")), dict(base.get("config", {}))
+    check_values(PreTrainedConfig.get_config_dict(name, revision=revision, **options.download_options())[0], "config")
     labels = {key: config[key] for key in ("num_labels", "id2label", "label2id") if key in config}
     model: nn.Module = model_class.from_pretrained(name, revision=revision, **labels, **options.download_options())
     return model
@@ -86,14 +90,18 @@ def _load_timm(base: Mapping[str, Any], name: str, revision: str | None, options
     if not (Path(folder) / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{name}, the base model of the checkpoint, has no {WEIGHTS_FILE} on the Hub.")
     weights = read_weights(Path(folder), [WEIGHTS_FILE])
-    arguments = dict(base.get("model_args", {}))
-    check_model_args(arguments)
-    model: Any = timm.create_model(
-        f"local-dir:{folder}",
-        pretrained=True,
-        pretrained_cfg_overlay={"source": "", "state_dict": weights},  # timm < 1.0.21 unpickles what is in a folder
-        **arguments,
-    )
+    arguments = base.get("model_args", {})
+    check_arguments(arguments, "model_args")
+    check_values(arguments, "model_args")
+    overlay = {"source": "", "state_dict": weights}  # else timm takes whichever file it finds in the folder
+    with weights_of(weights):
+        model: Any = built(
+            name,
+            arguments,
+            lambda values: timm.create_model(
+                f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay, **values
+            ),
+        )
     del model.pretrained_cfg["state_dict"]
     model.pretrained_cfg |= {"hf_hub_id": name + (f"@{revision}" if revision else ""), "source": "hf-hub"}
     return cast(nn.Module, model)

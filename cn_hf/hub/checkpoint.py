@@ -22,8 +22,9 @@ from cn_hf.contexts import ContextSource
 from cn_hf.devices import available_device
 from cn_hf.errors import CheckpointError, ConfigError, InputTypeError, nearest
 from cn_hf.files import write_json
-from cn_hf.hub.base_model import build_base, describe_base, quietly
+from cn_hf.hub.base_model import build_base, describe_base
 from cn_hf.hub.base_weights import base_fingerprint, load_base
+from cn_hf.hub.bounds import weights_of
 from cn_hf.hub.card import checkpoint_card
 from cn_hf.hub.description import (
     CONFIG_FILE,
@@ -34,6 +35,7 @@ from cn_hf.hub.description import (
     described,
     read_description,
 )
+from cn_hf.hub.fitting import check_plan, check_tensors, context_tensors, patch_as_saved, tied_names
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
 from cn_hf.hub.saving import origin_of, write_description, writing_to
@@ -44,11 +46,12 @@ from cn_hf.hub.weights import (
     WEIGHTS_FILE,
     check_shard_size,
     check_weights,
+    read_header,
     read_weights,
     weights_in,
     write_weights,
 )
-from cn_hf.patching import ContextNormConfig, context_parameters, patch_model, unpatch_model
+from cn_hf.patching import ContextNormConfig, context_parameters, unpatch_model
 from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import RoutedModel, router_of
@@ -105,7 +108,7 @@ def save_pretrained(
     path = Path(folder)
     with writing_to(path), staged(path) as place:
         if norms_only:
-            names = write_weights(place, _context_tensors(model), name=NORMS_FILE)
+            names = write_weights(place, context_tensors(model), name=NORMS_FILE)
         elif base["library"] == "transformers":
             from cn_hf.hub.transformers_models import save_transformers
 
@@ -124,14 +127,6 @@ def save_pretrained(
     return path
 
 
-def _context_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.normalizer.{key}": tensor.detach()
-        for name, slot in named_slots(model)
-        for key, tensor in slot.normalizer.state_dict().items()
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
@@ -148,6 +143,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Load a patched model from a folder or a Hub repository, in evaluation mode, its context source attached.
 
@@ -166,6 +162,7 @@ def from_pretrained(
         device_map: how its parts are spread over devices, as in accelerate and transformers: ``"auto"`` or a mapping.
         dtype: floating-point dtype of the weights, also by name; None or ``"auto"`` for the stored ones. The
             parameters CN added stay float32 at least.
+        torch_dtype: the older name of ``dtype``.
 
     Returns:
         The model.
@@ -177,10 +174,12 @@ def from_pretrained(
     """
     if device is not None and device_map is not None:
         raise ConfigError(f"Pass device= or device_map=, not both; received {device!r} and {device_map!r}.")
+    if dtype is not None and torch_dtype is not None:
+        raise ConfigError(f"Pass dtype= or torch_dtype=, not both; received {dtype!r} and {torch_dtype!r}.")
     if model is not None and not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be an nn.Module to load onto, received {model!r}.")
     device = None if device is None else available_device(device)
-    dtype = _dtype(dtype)
+    dtype = _dtype(torch_dtype if dtype is None else dtype)
     options = HubOptions(
         revision=revision,
         token=token,
@@ -203,8 +202,9 @@ def from_pretrained(
         _align(target)
         device_map = None
     else:
-        check_weights(folder, description.weights)
-        target = _loaded_onto(model, folder, description, options)
+        header = read_header(folder, description.weights)
+        with weights_of(header):
+            target = _loaded_onto(model, folder, description, header, options)
         if dtype is not None:
             _cast(target, dtype)
     attach_source(target, folder, description)
@@ -261,16 +261,21 @@ def _dispatched(model: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Mod
     return dispatched
 
 
-def _loaded_onto(model: nn.Module | None, folder: Path, description: Description, options: HubOptions) -> nn.Module:
+def _loaded_onto(
+    model: nn.Module | None, folder: Path, description: Description, header: Mapping[str, Tensor], options: HubOptions
+) -> nn.Module:
     """The checkpoint's weights on the given model, or on its base, built or downloaded."""
     base, norms_only = description.base, description.norms_only
-    tensors = _stored_tensors(folder, description)
     if model is not None:
         _check_architecture(model, base, norms_only)
+        tensors = _stored_tensors(folder, description)
     elif norms_only:
+        tensors = _stored_tensors(folder, description)
         model = load_base(base, options)
         _check_architecture(model, base, norms_only=False)
     else:
+        check_plan(description, header, folder)
+        tensors = _stored_tensors(folder, description)
         model = build_base(base)
         restore_preprocessing(model, folder / "config.json")
     if norms_only and description.base_fingerprint not in (None, base_fingerprint(model)):
@@ -292,6 +297,7 @@ def _stored_tensors(folder: Path, description: Description) -> dict[str, Tensor]
         from cn_hf.hub.transformers_models import load_transformers  # it alone knows its names on disk
 
         return dict(load_transformers(folder).state_dict())
+    check_weights(folder, description.weights)
     return read_weights(folder, description.weights)
 
 
@@ -312,12 +318,10 @@ def _load(
 ) -> None:
     patched_here = not isinstance(model, RoutedModel)
     if patched_here:
-        with quietly():
-            patch_model(model, config=config)
+        patch_as_saved(model, config, tensors)
     try:
         _check_contexts(model, config, where)
-        expected = _context_tensors(model) if norms_only else model.state_dict()
-        _check_tensors(expected, tensors, model, where)
+        check_tensors(model, tensors, where, norms_only=norms_only)
     except CheckpointError:
         if patched_here:
             unpatch_model(model)
@@ -325,7 +329,7 @@ def _load(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors:  # the checkpoint's dtypes, in the tensors the model has: ties and flags stay
             tensor.data = tensor.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors | _tied_names(model, tensors), strict=not norms_only)
+    model.load_state_dict(tensors | tied_names(model, tensors), strict=not norms_only)
 
 
 def _check_contexts(model: nn.Module, config: ContextNormConfig, where: str) -> None:
@@ -336,30 +340,6 @@ def _check_contexts(model: nn.Module, config: ContextNormConfig, where: str) -> 
                 f"{where} was saved with {field}={getattr(config, field)!r}, model= is patched with "
                 f"{getattr(own, field)!r}: pass the unpatched model, or one patched alike."
             )
-
-
-def _tied_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors for the names that tied weights have besides the stored one."""
-    stored = {tensor.data_ptr(): tensors[name] for name, tensor in model.state_dict().items() if name in tensors}
-    return {
-        name: stored[tensor.data_ptr()]
-        for name, tensor in model.state_dict().items()
-        if name not in tensors and tensor.data_ptr() in stored and tensor.numel()
-    }
-
-
-def _check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> None:
-    tied = _tied_names(model, tensors)
-    missing = [name for name in expected if name not in tensors and name not in tied]
-    surplus = [name for name in tensors if name not in expected]
-    wrong = [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]
-    if missing or surplus or wrong:
-        kinds = (("missing", missing), ("unknown", surplus))
-        parts = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds if names]
-        if wrong:
-            name = wrong[0]
-            parts.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
-        raise CheckpointError(f"The weights in {where} do not fit {type(model).__name__}: {'; '.join(parts)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------- publishing

@@ -13,12 +13,13 @@ from typing import Any, cast
 from torch import nn
 
 from cn_hf.contexts import ContextSource
+from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
 from cn_hf.files import read_description as read_json
-from cn_hf.files import write_json
+from cn_hf.files import sha256_of, write_json
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
-from cn_hf.patching.inference import check_fits
+from cn_hf.patching.inference import check_channels, check_fits, per_channel
 from cn_hf.patching.router import ContextSourceLike
 from cn_hf.patching.routing import router_of
 
@@ -48,6 +49,7 @@ class Description:
         norms_only: the weights are the context parameters alone.
         weights: SHA-256 by file name.
         context_source: a context source is in ``context_source/``.
+        context_source_sha256: of its JSON, which has the checksum of its tensors.
         pixel_mean: what was subtracted from pixels in 0..1 before they reach the model, one a channel.
         pixel_std: what they were divided by.
     """
@@ -58,15 +60,24 @@ class Description:
     norms_only: bool = False
     weights: dict[str, str]
     context_source: bool = False
+    context_source_sha256: str | None = None
     pixel_mean: tuple[float, ...] = (0.0,)
     pixel_std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        """Check the fields that lead to files.
+        """Check the fields that no other class checks.
 
         Raises:
-            ConfigError: a file name leads elsewhere, or a value has another type.
+            ConfigError: a file name leads elsewhere, or a value has another type or is out of range.
         """
+        for flag in ("norms_only", "context_source"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ConfigError(f"Expected true or false as {flag}, received {getattr(self, flag)!r}")
+        for text in ("base_fingerprint", "context_source_sha256"):
+            if not isinstance(getattr(self, text), (str, type(None))):
+                raise ConfigError(f"Expected a checksum or nothing as {text}, received {getattr(self, text)!r}")
+        per_channel("mean", self.pixel_mean)
+        per_channel("std", self.pixel_std)
         for name, checksum in self.weights.items():
             if not is_weights_name(name):
                 raise ConfigError(f"weights name {name!r}, which is no safetensors file of the checkpoint's own folder")
@@ -100,11 +111,13 @@ def read_description(path: Path) -> Description:
     values = {name: value for name, value in content.items() if name in known}
     try:
         values["config"] = ContextNormConfig.from_dict(values["config"])
-        values["base"], values["weights"] = dict(values["base"]), dict(values["weights"])
+        for name in ("base", "weights"):
+            if not isinstance(values[name], dict):
+                raise ConfigError(f"Expected a mapping as {name}, received {values[name]!r}")
         for name in ("pixel_mean", "pixel_std"):
-            values[name] = tuple(float(value) for value in values.get(name, getattr(_DEFAULTS, name)))
+            values[name] = per_channel(name.removeprefix("pixel_"), values.get(name, getattr(_DEFAULTS, name)))
         return Description(**values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a patched model: {error}.") from error
 
 
@@ -133,16 +146,30 @@ def attach_source(model: nn.Module, folder: Path, description: Description) -> N
     A source that cannot be loaded without the user's own code is left out with a warning.
 
     Raises:
-        CheckpointError: a file of the source is missing or damaged.
+        CheckpointError: a file of the source is missing or damaged, or does not fit the model.
     """
+    source = None
+    try:
+        check_channels(model, description.pixel_mean, description.pixel_std)
+        if description.context_source:
+            source = _source(folder / SOURCE_FOLDER, description)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} contradicts itself: {error}") from error
     router = router_of(model)
     router.pixel_mean, router.pixel_std = description.pixel_mean, description.pixel_std
-    router.source = None
-    if description.context_source:
-        try:
-            router.source = cast(ContextSourceLike, ContextSource.load(folder / SOURCE_FOLDER))
-        except ContextSourceError as error:
-            warnings.warn(f"The checkpoint's context source is not attached: {error}", UserWarning, stacklevel=4)
+    router.source = cast(ContextSourceLike | None, source)
+
+
+def _source(folder: Path, description: Description) -> ContextSource | None:
+    try:
+        source = ContextSource.load(folder)
+    except ContextSourceError as error:
+        warnings.warn(f"The checkpoint's context source is not attached: {error}", UserWarning, stacklevel=5)
+        return None
+    if description.context_source_sha256 not in (None, sha256_of(folder / SOURCE_FILE)):
+        raise CheckpointError(f"{folder / SOURCE_FILE} is of another save than {CONFIG_FILE}. Save it again.")
+    check_fits(source, description.config)
+    return source
 
 
 def described(values: Mapping[str, Any]) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cn_hf.errors import CheckpointError, PatchError
+from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
+from cn_hf.errors import CheckpointError
+from cn_hf.files import read_json
 from cn_hf.hub.base_model import build_patched
+from cn_hf.hub.bounds import weights_of
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
+from cn_hf.hub.fitting import check_plan
 from cn_hf.hub.publish import RESULTS
 from cn_hf.hub.repository import HubOptions, checkpoint_folder
+from cn_hf.hub.weights import read_header
 from cn_hf.patching import ContextNormConfig, context_parameters, patch_report
 from cn_hf.patching.config import BASELINES, CN_MODES
 from cn_hf.patching.inference import needs_ids
@@ -39,18 +43,19 @@ def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions
         files_of=lambda path: [CONFIG_FILE, f"{SOURCE_FOLDER}/*.json", RESULTS],
     )
     description = read_description(folder / CONFIG_FILE)
-    parts = [_summary(description, folder), _slots(description), _results(folder)]
+    parts = [_summary(description, folder), _slots(description, folder), _results(folder)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _summary(description: Description, folder: Path) -> str:
     config = description.config
-    names = list(config.context_names or map(str, range(config.num_contexts)))
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    count = config.num_contexts
+    names = config.context_names or [str(number) for number in range(min(count, 20))]
+    shown = ", ".join(names[:20]) + (f" and {count - 20} more" if count > 20 else "")
     kind = "components" if config.mode == "mn" else "contexts"
     lines = [f"base: {described(description.base)}", f"mode: {_mode(config, description.context_source)}"]
     if config.mode != "bn":
-        lines.append(f"{kind}: {len(names)} ({shown})")
+        lines.append(f"{kind}: {count} ({shown})")
     if config.mode not in BASELINES:
         lines.append(f"context source: {_source_type(folder) if description.context_source else 'none'}")
     lines.append(f"pixels: less {_numbers(description.pixel_mean)}, by {_numbers(description.pixel_std)}")
@@ -74,7 +79,7 @@ def _mode(config: ContextNormConfig, has_source: bool) -> str:
 
 def _source_type(folder: Path) -> str:
     try:
-        content = json.loads((folder / SOURCE_FOLDER / "context_source.json").read_bytes())
+        content = read_json(folder / SOURCE_FOLDER / SOURCE_FILE)
         return str(content.get("type"))
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -86,13 +91,16 @@ def _numbers(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-def _slots(description: Description) -> str:
+def _slots(description: Description, folder: Path) -> str:
     if description.base.get("library") == "other":
         return "slots: known once the model is there (its library is neither timm nor transformers)"
-    try:
-        model = build_patched(description.base, description.config)
-    except (PatchError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the described model cannot be built: {error}") from error
+    there = not description.norms_only and all((folder / name).exists() for name in description.weights)
+    header = read_header(folder, description.weights) if there else None
+    with weights_of(header):
+        if header is not None and description.base.get("library") == "timm":
+            model = check_plan(description, header, folder)
+        else:
+            model = build_patched(description.base, description.config)
     added = sum(parameter.numel() for parameter in context_parameters(model))
     own = sum(parameter.numel() for parameter in model.parameters()) - added
     report = patch_report(model)
@@ -104,7 +112,7 @@ def _results(folder: Path) -> str:
     if file is None:
         return ""
     try:
-        results: Mapping[str, Any] = json.loads(file.read_bytes())
+        results: Mapping[str, Any] = read_json(file)
         evaluation = results["evaluation"]
         if not evaluation:
             return ""

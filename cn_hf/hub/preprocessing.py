@@ -8,7 +8,6 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` and ``W`` height and width.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError, ConfigError, InputTypeError
+from cn_hf.files import read_json
+from cn_hf.patching.inference import per_channel
 from cn_hf.patching.routing import RoutedModel, router_of
 from cn_hf.reading.images import to_array
 
@@ -102,15 +103,32 @@ def restore_preprocessing(model: Any, config_file: Path) -> None:
     Raises:
         CheckpointError: the file is there and no description of a timm model.
     """
-    if not (isinstance(getattr(model, "pretrained_cfg", None), dict) and config_file.is_file()):
+    if not (isinstance(getattr(model, "pretrained_cfg", None), dict) and config_file.exists()):
         return
     try:
-        content = json.loads(config_file.read_bytes())
+        content = read_json(config_file)
         stored = {name: value for name, value in content["pretrained_cfg"].items() if name in _PREPROCESSING}
         names = content.get("label_names")
+        _check_preprocessing(stored, names)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config_file} does not describe a timm model: {error!r}. Save it again.") from error
     model.pretrained_cfg = {**model.pretrained_cfg, **stored, **({"label_names": names} if names else {})}
+
+
+def _check_preprocessing(stored: dict[str, Any], names: object) -> None:
+    for name in ("mean", "std"):
+        if stored.get(name) is not None:
+            per_channel(name, stored[name])
+    size = stored.get("input_size")
+    if size is not None and not (len(size) == 3 and all(type(side) is int and 0 < side < 1 << 16 for side in size)):
+        raise ConfigError(f"Expected channels, height and width as input_size, received {size!r}.")
+    for name in ("interpolation", "crop_mode"):
+        if not isinstance(stored.get(name), (str, type(None))):
+            raise ConfigError(f"Expected a name as {name}, received {stored[name]!r}.")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"Expected a list of strings as label_names, received {names!r}.")
 
 
 def save_image_processor(

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from cn_hf.contexts import ContextSource
+from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
 from cn_hf.errors import CheckpointError
+from cn_hf.files import sha256_of
 from cn_hf.hub.base_model import describe_base
 from cn_hf.hub.base_weights import base_fingerprint, base_origin
 from cn_hf.hub.description import SOURCE_FOLDER, Description, context_source_of
@@ -71,6 +73,7 @@ def write_description(
         norms_only=norms_only,
         weights=checksums(path, names),
         context_source=source is not None,
+        context_source_sha256=None if source is None else sha256_of(path / SOURCE_FOLDER / SOURCE_FILE),
         pixel_mean=router.pixel_mean,
         pixel_std=router.pixel_std,
     ).write(path)

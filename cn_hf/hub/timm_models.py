@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError, ConfigError, PatchError
 from cn_hf.files import write_json
-from cn_hf.hub.base_model import TIMM_ARCHITECTURE, build_base, check_model_args, describe_base, quietly
+from cn_hf.hub.base_model import TIMM_ARCHITECTURE, build_base, describe_base, quietly
+from cn_hf.hub.bounds import check_arguments, check_values, weights_of
 from cn_hf.patching.patch import named_slots, patch_model
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.routing import RoutedModel, router_of
@@ -80,7 +81,8 @@ def context_norm(
 
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, "__dict__", {})
     folder, description = _checkpoint(cfg, cache_dir, pretrained)
-    check_model_args(kwargs)
+    check_arguments(kwargs, "model_args")
+    check_values(kwargs, "model_args")
     cfg = {**cfg, "architecture": description.base.get("architecture")}
     options = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir, **kwargs}
     if pretrained:
@@ -122,16 +124,20 @@ def _checkpoint(cfg: Mapping[str, Any], cache_dir: str | Path | None, pretrained
 
 
 def _with_weights(folder: Path, description: Description, cfg: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    from cn_hf.hub.weights import check_weights, read_weights
+    from cn_hf.hub.fitting import check_plan
+    from cn_hf.hub.weights import check_weights, read_header, read_weights
 
-    check_weights(folder, description.weights)
-    tensors = read_weights(folder, description.weights)
-    plain = {name: tensor for name, tensor in tensors.items() if ".normalizer." not in name}
-    model = build_base(description.base, pretrained_cfg=cfg, **options)
-    if not _fits(model, plain, allow_surplus=bool(options.get("features_only"))):
-        model = _adapted(description.base, plain, cfg, options)
-    with quietly():
-        _patched(model, folder, description)
+    header = read_header(folder, description.weights)
+    with weights_of(header):
+        check_plan(description, header, folder)
+        check_weights(folder, description.weights)
+        tensors = read_weights(folder, description.weights)
+        plain = {name: tensor for name, tensor in tensors.items() if ".normalizer." not in name}
+        model = build_base(description.base, pretrained_cfg=cfg, **options)
+        if not _fits(model, plain, allow_surplus=bool(options.get("features_only"))):
+            model = _adapted(description.base, plain, cfg, options)
+        with quietly():
+            _patched(model, folder, description)
     saved = description.base.get("model_args", {})
     resized = any(options.get(name, saved.get(name)) != saved.get(name) for name in ("num_classes", "in_chans"))
     _load(model, tensors, folder, strict=not resized)

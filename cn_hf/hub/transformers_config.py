@@ -14,7 +14,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 from cn_hf.errors import CheckpointError
+from cn_hf.hub.bounds import built, check_values
 from cn_hf.patching.config import ContextNormConfig
+from cn_hf.patching.inference import per_channel
 from cn_hf.patching.routing import routed_class
 
 __all__ = ["MODEL_TYPE", "ContextConfig", "context_config"]
@@ -29,36 +31,37 @@ class ContextConfig:
     """What the config class of a patched model has besides its base's: how the model is patched.
 
     Attributes:
-        base_class: the config class of the model under the patches.
-        architecture: the name of that model's class.
+        context_norm_base: the config class of the model under the patches.
+        context_norm_architecture: the name of that model's class.
         context_norm: ``"config"`` (of ``ContextNormConfig``), ``"slots"`` (their names), ``"pixel_mean"`` and
             ``"pixel_std"``.
     """
 
-    base_class: ClassVar[Any]
-    architecture: ClassVar[str]
+    # All names added here begin alike: fields of the base's own (TimmWrapper's ``architecture``) must not hide them.
+    context_norm_base: ClassVar[Any]
+    context_norm_architecture: ClassVar[str]
     context_norm: Mapping[str, Any] = MappingProxyType({})
 
-    def plain(self) -> Any:
+    def context_norm_plain(self) -> Any:
         """The base model's own config."""
         config: Any = copy.copy(self)
         config.__dict__.pop("context_norm", None)
-        config.__class__ = self.base_class
-        config.architectures = [self.architecture]
+        config.__class__ = self.context_norm_base
+        config.architectures = [self.context_norm_architecture]
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """All values, as they stand in ``config.json``."""
-        return self._written(self.plain().to_dict())
+        return self._context_norm_written(self.context_norm_plain().to_dict())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The values that differ from defaults, as they stand in ``config.json``."""
-        return self._written(self.plain().to_diff_dict())
+        return self._context_norm_written(self.context_norm_plain().to_diff_dict())
 
-    def _written(self, base: dict[str, Any]) -> dict[str, Any]:
+    def _context_norm_written(self, base: dict[str, Any]) -> dict[str, Any]:
         # No "model_type" may stand beside the base's values: the base's class would find them by it.
         written = {
-            "architectures": [PREFIX + self.architecture],
+            "architectures": [PREFIX + self.context_norm_architecture],
             "model_type": MODEL_TYPE,
             "base_model_type": base.pop("model_type"),
             "transformers_version": base.pop("transformers_version", None),
@@ -66,7 +69,7 @@ class ContextConfig:
         }
         if "pretrained_cfg" in base:  # TimmWrapper's image processor looks for it here
             written["pretrained_cfg"] = base.pop("pretrained_cfg")
-        guarded = _guarded_field(self.base_class)
+        guarded = _guarded_field(self.context_norm_base)
         return written | {"base_config": base} | ({guarded: GUARD} if guarded else {})
 
     @classmethod
@@ -79,7 +82,8 @@ class ContextConfig:
         base_class, architecture, base, description = _read_values(config_dict)
         config_class = context_config(base_class, architecture)
         _register_models(config_class)
-        made = cast(Any, super(ContextConfig, config_class)).from_dict(base, **kwargs)  # of the base's class
+        own = cast(Any, super(ContextConfig, config_class)).from_dict  # of the base's class
+        made = built(f"The config of transformers' {architecture}", base, lambda values: own(values, **dict(kwargs)))
         config = made[0] if isinstance(made, tuple) else made
         config.context_norm = description
         config.architectures = [PREFIX + architecture]
@@ -87,16 +91,18 @@ class ContextConfig:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle how the class is made, which no module contains."""
-        return (_new_config, (self.base_class, self.architecture), self.__dict__.copy())
+        return (_new_config, (self.context_norm_base, self.context_norm_architecture), self.__dict__.copy())
 
 
 @cache
 def context_config(base: Any, architecture: str) -> Any:
     """The subclass of the config class ``base`` for patched models of one architecture."""
-    namespace = {"__module__": __name__, "__doc__": ContextConfig.__doc__, "base_class": base}
+    namespace = {"__module__": __name__, "__doc__": ContextConfig.__doc__, "context_norm_base": base}
     if not architecture:  # what AutoConfig finds, of which no instance is made
         namespace["model_type"] = MODEL_TYPE
-    return type(f"{PREFIX}{architecture}Config", (ContextConfig, base), namespace | {"architecture": architecture})
+    return type(
+        f"{PREFIX}{architecture}Config", (ContextConfig, base), namespace | {"context_norm_architecture": architecture}
+    )
 
 
 def _new_config(base: Any, architecture: str) -> Any:
@@ -120,14 +126,18 @@ def _read_values(values: Mapping[str, Any]) -> tuple[Any, str, dict[str, Any], d
 
     try:
         description = dict(values["context_norm"])
-        version = int(description.pop("format"))
+        version = description.pop("format")
         base_type, base = str(values["base_model_type"]), dict(values["base_config"])
         (architecture,) = values["architectures"]
         ContextNormConfig.from_dict(description["config"])
         slots = description["slots"]
         if not isinstance(slots, list) or not all(isinstance(name, str) for name in slots):
             raise TypeError("slots must be a list of names")
-    except (KeyError, TypeError, ValueError) as error:
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format must be a number from 1, received {version!r}")
+        for name in ("mean", "std"):
+            description[f"pixel_{name}"] = list(per_channel(name, description[f"pixel_{name}"]))
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json does not describe a patched transformers model: {error!r}.") from error
     if version > FORMAT:
         raise CheckpointError(f"config.json has format {version}, this version reads up to {FORMAT}: update cn_hf.")
@@ -136,7 +146,10 @@ def _read_values(values: Mapping[str, Any]) -> tuple[Any, str, dict[str, Any], d
             f"transformers does not know the base model type {base_type!r}: update it, or call AutoConfig.register."
         )
     if "pretrained_cfg" in values:
+        if not isinstance(values["pretrained_cfg"], dict):
+            raise CheckpointError(f"Expected a mapping as pretrained_cfg, received {values['pretrained_cfg']!r}.")
         base["pretrained_cfg"] = dict(values["pretrained_cfg"])
+    check_values({**base, "model_type": base_type}, "base_config")
     return CONFIG_MAPPING[base_type], str(architecture).removeprefix(PREFIX), base, description
 
 
@@ -147,11 +160,13 @@ def _register_models(config_class: Any) -> None:
     for mapping in {
         id(m): m for m in vars(modeling_auto).values() if type(m) is auto_factory._LazyAutoMapping
     }.values():
-        if config_class not in mapping and config_class.base_class in mapping:
-            found = mapping[config_class.base_class]
+        if config_class not in mapping and config_class.context_norm_base in mapping:
+            found = mapping[config_class.context_norm_base]
             classes = found if isinstance(found, (list, tuple)) else (found,)
-            named = [model_class for model_class in classes if model_class.__name__ == config_class.architecture]
+            named = [
+                model_class for model_class in classes if model_class.__name__ == config_class.context_norm_architecture
+            ]
             mapping.register(config_class, routed_class((named or classes)[0]))
     processors = image_processing_auto.IMAGE_PROCESSOR_MAPPING
-    if config_class not in processors and config_class.base_class in processors:
-        processors.register(config_class, processors[config_class.base_class])
+    if config_class not in processors and config_class.context_norm_base in processors:
+        processors.register(config_class, processors[config_class.context_norm_base])

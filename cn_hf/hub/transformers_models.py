@@ -17,10 +17,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from cn_hf.errors import CheckpointError
+from cn_hf.files import read_json
 from cn_hf.hub.base_model import quietly, transformers_class
+from cn_hf.hub.bounds import built, check_values, weights_of
 from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_config
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.patch import named_slots, patch_model
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TransformersRoot", "keep_contexts_loaded", "load_transformers", "register", "save_transformers"]
 
+FILES_READ = ("config.json", "generation_config.json")
+"""Files that transformers opens without a look at what they are."""
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -60,10 +64,16 @@ class TransformersRoot:
         if not isinstance(config, ContextConfig):
             cast(Any, super()).__init__(config, *args, **kwargs)
             return
-        model = cast(Any, self)
+        model, plain = cast(Any, self), config.context_norm_plain()
         swap_class(model, self.original_class)
-        model.__init__(config.plain(), *args, **kwargs)
-        _patch(model, config.architecture, config.context_norm)
+        name, values = config.context_norm_architecture, plain.to_diff_dict()
+        check_values(values, "base_config")
+
+        def build(part: dict[str, Any]) -> None:
+            model.__init__(plain if part == values else type(plain).from_dict(part), *args, **kwargs)
+
+        built(f"transformers' {name}", values, build)
+        _patch(model, name, config.context_norm)
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
@@ -114,7 +124,7 @@ class TransformersRoot:
             path, hub["subfolder"] = str(settled(folder)), ""
         if not isinstance(config, PreTrainedConfig):  # as Auto classes do: what the config has no field for stays
             held: dict[str, Any] = {
-                name: kwargs.pop(name) for name in ("dtype", "quantization_config") if name in kwargs
+                name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs
             }
             source = path if config is None else config
             config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
@@ -125,9 +135,18 @@ class TransformersRoot:
                 "cn_hf.patch_model."
             )
         described = None if path is None else _described(path, hub, whole="variant" not in kwargs)
-        model, info = cast(Any, super()).from_pretrained(
-            path, *model_args, config=config, output_loading_info=True, **hub, **kwargs
-        )
+        with weights_of(None if described is None else _header(*described)):
+            try:
+                model, info = cast(Any, super()).from_pretrained(
+                    path, *model_args, config=config, output_loading_info=True, **hub, **kwargs
+                )
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" not in str(error):
+                    raise
+                raise CheckpointError(
+                    f"The weights in {path} do not fit {cls.__name__}. If that is meant, pass "
+                    "ignore_mismatched_sizes=True."
+                ) from error
         _check_loaded(model, config, info, str(path))
         keep_contexts_loaded(model)
         if described is not None:
@@ -184,12 +203,17 @@ def load_transformers(folder: Any, **options: Any) -> nn.Module:
 
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
+        for name in FILES_READ:
+            if (file := Path(folder, hub.get("subfolder", ""), name)).exists():
+                read_json(file)
         config = transformers.AutoConfig.from_pretrained(folder, **hub)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json is missing, truncated or no config. Save it again.") from error
     if not isinstance(config, ContextConfig):
         raise CheckpointError(f"{folder} is a checkpoint of a plain transformers model; it has no contexts.")
-    model_class = cast(Any, routed_class(transformers_class(config.architecture)))
+    model_class = cast(Any, routed_class(transformers_class(config.context_norm_architecture)))
     model: nn.Module = model_class.from_pretrained(folder, **options)
     return model
 
@@ -224,13 +248,14 @@ def _config_for_files(model: Any) -> Iterator[Any]:
 
 def _patch(model: Any, architecture: str, description: Mapping[str, Any]) -> None:
     config = ContextNormConfig.from_dict(description["config"])
-    named = config.where is not None and config.where not in KEYWORDS
-    if named and type(model).__name__ != architecture:  # the patterns name modules of the class that was saved
+    exact = config
+    if config.where is not None and config.where not in KEYWORDS:  # patterns of the class that was saved
         names = _names_in(model, description["slots"], [name for name, _ in model.named_modules()])
-        config = config.replace(where=[f"(?:{re.escape(name)})" for name in names])
+        exact = config.replace(where=[f"(?:{re.escape(name)})" for name in names])
     with quietly():
-        patch_model(model, config=config)
+        built("The contexts", config.to_dict(), lambda _: patch_model(model, config=exact))
     router = router_of(model)
+    router.config = config if type(model).__name__ == architecture else exact
     router.pixel_mean, router.pixel_std = tuple(description["pixel_mean"]), tuple(description["pixel_std"])
 
 
@@ -289,13 +314,20 @@ def _renamed(model: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return found | {key: state_dict[key] for key in info["unexpected_keys"] if key in state_dict}
 
 
+def _header(folder: Path, description: Description) -> dict[str, Tensor] | None:
+    from cn_hf.hub.weights import read_header
+
+    files = [name for name in description.weights if (folder / name).exists()]
+    return read_header(folder, files) if files else None
+
+
 def _described(path: Any, hub: Mapping[str, Any], *, whole: bool) -> tuple[Path, Description] | None:
     """Folder and content of ``context_norm.json``, if there is one; ``whole``: the weights it names are as saved."""
     from huggingface_hub.errors import EntryNotFoundError
 
     from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, read_description  # brings datasets with it
     from cn_hf.hub.repository import HubOptions, checkpoint_folder
-    from cn_hf.hub.weights import check_weights
+    from cn_hf.hub.weights import check_weights, read_header
 
     options = HubOptions(**{name: value for name, value in hub.items() if name != "proxies" and value is not None})
     try:
@@ -313,5 +345,11 @@ def _described(path: Any, hub: Mapping[str, Any], *, whole: bool) -> tuple[Path,
         return None
     description = read_description(folder / CONFIG_FILE)
     if whole:
+        read_header(folder, description.weights)
         check_weights(folder, description.weights)
+        if not Path(path).exists() and (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} holds an adapter beside a whole checkpoint, and transformers would load the base that the "
+                f"adapter names: load {folder} instead."
+            )
     return folder, description

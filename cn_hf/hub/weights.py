@@ -7,20 +7,20 @@ Names and layout are those of transformers and huggingface_hub: ``model.safetens
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError, ConfigError
-from cn_hf.files import sha256_of, write_json, written_whole
+from cn_hf.files import check_regular, read_json, sha256_of, write_json, written_whole
 
 __all__ = [
     "INDEX_FILE",
@@ -31,6 +31,7 @@ __all__ = [
     "checksums",
     "fingerprint",
     "is_weights_name",
+    "read_header",
     "read_weights",
     "weights_in",
     "write_weights",
@@ -39,6 +40,19 @@ __all__ = [
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 NORMS_FILE = "context_norm.safetensors"
+_LONGEST_HEADER = 1 << 24  # bytes, of 150,000 tensors
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -108,10 +122,12 @@ def weights_in(folder: Path) -> list[str]:
         CheckpointError: the index is no index, or names a file outside the folder.
     """
     index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+    if (folder / WEIGHTS_FILE).exists() or not index.exists():
         return [WEIGHTS_FILE]
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is truncated or no index of weights ({error!r}). Save it again.") from error
     for name in names:
@@ -139,9 +155,7 @@ def check_weights(folder: Path, expected: Mapping[str, str]) -> None:
         try:
             found = sha256_of(folder / name)
         except FileNotFoundError as error:
-            pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-            words = f" ({pickles[0]} is a pickle, which cn_hf never loads)" if pickles else ""
-            raise CheckpointError(f"The weights are missing: {folder / name}{words}") from error
+            raise _missing(folder, name) from error
         except OSError as error:
             raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
         if found != checksum:
@@ -149,6 +163,47 @@ def check_weights(folder: Path, expected: Mapping[str, str]) -> None:
                 f"{folder / name} is truncated, changed, or of another save than the description beside it. Save it "
                 "again, or download it again with force_download=True."
             )
+
+
+def read_header(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of the tensors in files that may be of anybody's making, without reading the tensors.
+
+    Returns:
+        Tensors on the meta device.
+
+    Raises:
+        CheckpointError: a file is missing or no safetensors file, or has values that are no weights of a model.
+    """
+    header: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        try:
+            with check_regular(path).open("rb") as file:
+                if int.from_bytes(file.read(8), "little") > _LONGEST_HEADER:
+                    raise CheckpointError(
+                        f"{path} is truncated, changed or no safetensors file: its header is too long."
+                    )
+            with safetensors.safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118  # no mapping
+                    entry = file.get_slice(key)
+                    if entry.get_dtype() not in _DTYPES:
+                        raise CheckpointError(
+                            f"Expected {', '.join(_DTYPES)} in {path}, received {entry.get_dtype()} as {key}."
+                        )
+                    header[key] = torch.empty(entry.get_shape(), dtype=_DTYPES[entry.get_dtype()], device="meta")
+        except CheckpointError:
+            raise
+        except FileNotFoundError as error:
+            raise _missing(folder, name) from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is truncated, changed or no safetensors file: {error}") from error
+    return header
+
+
+def _missing(folder: Path, name: str) -> CheckpointError:
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    words = f" ({pickles[0]} is a pickle, which cn_hf never loads)" if pickles else ""
+    return CheckpointError(f"The weights are missing: {folder / name}{words}")
 
 
 def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from cn_hf.patching.config import BASELINES, INFERENCE, ContextNormConfig
 from cn_hf.patching.router import ContextSourceLike
 from cn_hf.patching.routing import router_of
 
-__all__ = ["apply_inference", "check_fits", "needs_ids", "set_inference"]
+__all__ = ["apply_inference", "check_channels", "check_fits", "needs_ids", "per_channel", "set_inference"]
 
 
 def set_inference(
@@ -61,7 +62,10 @@ def set_inference(
     source = router.source if source is None else source
     if inference == "predict":
         _check_source(source, config)
-    pixel_mean, pixel_std = _per_channel("mean", mean, router.pixel_mean), _per_channel("std", std, router.pixel_std)
+    pixel_mean = router.pixel_mean if mean is None else per_channel("mean", mean)
+    pixel_std = router.pixel_std if std is None else per_channel("std", std)
+    if mean is not None or std is not None:
+        check_channels(model, pixel_mean, pixel_std)
     router.config, router.source = config, source
     router.pixel_mean, router.pixel_std = pixel_mean, pixel_std
     apply_inference(model, config)
@@ -82,16 +86,34 @@ def needs_ids(config: ContextNormConfig, *, has_source: bool) -> bool:
     return config.inference == "cn" or config.mode == "dsbn"
 
 
-def _per_channel(name: str, values: Sequence[float] | None, current: tuple[float, ...]) -> tuple[float, ...]:
-    if values is None:
-        return current
+def per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return the mean or standard deviation of pixels as one number a channel.
+
+    Raises:
+        ConfigError: ``values`` are no finite numbers, or, as ``"std"``, not positive.
+    """
     try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError) as error:
+        numbers = tuple(float(value) for value in values if not isinstance(value, (bool, str)))
+        usable = len(numbers) == len(values) > 0 and all(math.isfinite(number) for number in numbers)
+    except (OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"{name} must be one number a channel, received {values!r}.") from error
+    if not usable:
+        raise ConfigError(f"{name} must be one finite number a channel, received {values!r}.")
     if name == "std" and not all(number > 0 for number in numbers):
         raise ConfigError(f"std must be positive in every channel, received {values!r}.")
     return numbers
+
+
+def check_channels(model: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ``ConfigError`` if pixels' mean or standard deviation are as many as neither 1 nor the image's channels."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    config, described = getattr(model, "config", None), getattr(model, "pretrained_cfg", None)
+    size = tuple(described.get("input_size") or ()) if isinstance(described, dict) else ()
+    counts = (getattr(model, "in_chans", None), getattr(config, "num_channels", None), *size[:1])
+    known = {count for count in (*counts, getattr(first, "in_channels", None)) if isinstance(count, int)}
+    for name, values in (("mean", mean), ("std", std)):
+        if known and len(values) not in known | {1}:
+            raise ConfigError(f"{name} has {len(values)} values, the model takes images of {max(known)} channels.")
 
 
 def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
