@@ -282,14 +282,14 @@ def test_many_contexts():
     assert min(source.clusters.sizes) > 0
 
 
-def test_images_of_differing_sizes_need_image_size():
+def test_images_of_differing_sizes_need_decode_size():
     small, kinds = groups([20, 20], size=6)
     large, more = groups([20, 20], size=9, seed=1)
     data = datasets.concatenate_datasets([table(small), table(large)])
     for dataset in (data, data.to_iterable_dataset()):
         with pytest.raises(DatasetError, match="Image 40 is 9x9, image 0 is 6x6"):
             ClusterContexts(2).fit(dataset)
-    source = ClusterContexts(2, image_size=5).fit(data)
+    source = ClusterContexts(2, decode_size=5).fit(data)
     ids = source.apply(data)["context_ids"][:]
     assert adjusted_rand_score(torch.cat([kinds, more]), ids) == 1
     assert source.predict(large).tolist() == ids[40:]
@@ -407,14 +407,14 @@ def test_models_that_do_not_embed_are_refused(model, message):
 @pytest.mark.parametrize("features", ["pixels", "pca"])
 def test_saved_clusters_give_the_same_contexts(tmp_path, method, features):
     pixels = torch.randint(0, 256, (120, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    source = ClusterContexts(4, method, features, names=list("abcd"), image_column="img", image_size=(6, 6), seed=5)
+    source = ClusterContexts(4, method, features, names=list("abcd"), image_column="img", decode_size=(6, 6), seed=5)
     source.fit_images(pixels).save(tmp_path)
     loaded = ContextSource.load(tmp_path)
     assert type(loaded) is ClusterContexts
     assert loaded.names == ("a", "b", "c", "d")
     assert loaded.options == source.options
     assert loaded.clusters.sizes == source.clusters.sizes
-    assert (loaded.image_column, loaded.image_size, loaded.image_mode) == ("img", (6, 6), "RGB")
+    assert (loaded.image_column, loaded.decode_size, loaded.image_mode) == ("img", (6, 6), "RGB")
     more = torch.randint(0, 256, (90, 3, 6, 6), dtype=torch.uint8)
     assert torch.equal(loaded.predict(more), source.predict(more))
     assert loaded.apply(table(more))["context_ids"][:] == source.predict(more).tolist()
@@ -457,7 +457,7 @@ def test_saved_embeddings_need_the_same_model_again(tmp_path):
         ({"fit_samples": 0}, "fit_samples is 0"),
         ({"pca_components": -2}, "pca_components is -2"),
         ({"image_mode": "CMYK"}, "Unknown image_mode 'CMYK'"),
-        ({"image_size": 0}, "image_size is 0"),
+        ({"decode_size": 0}, "decode_size is 0"),
         ({"std": 0}, "std is 0"),
         ({"mean": (1, 2)}, "mean is"),
         ({"num_workers": -1}, "num_workers is -1"),

@@ -169,7 +169,7 @@ def test_sizes_are_unified_on_request_and_else_an_error_naming_the_row():
     assert pixels.shape == (3, 3, 6, 4)
     [(_, pixels)] = decoded(data, size=6)
     assert pixels.shape == (3, 3, 6, 6)
-    with pytest.raises(DatasetError, match=r"Image 2 is 8x9, image 0 is 5x7 .*image_size"):
+    with pytest.raises(DatasetError, match=r"Image 2 is 8x9, image 0 is 5x7 .*decode_size"):
         decoded(data)
     assert [array.shape for array in next(iter_decoded(data)).arrays] == [(5, 7, 3), (5, 7, 3), (8, 9, 3)]
 
@@ -234,10 +234,10 @@ def test_the_image_column_is_found_or_said():
     ("options", "message"),
     [
         ({"mode": "RGBB"}, "did you mean 'RGB'"),
-        ({"size": 0}, "image_size is 0"),
-        ({"size": (4, -1)}, "image_size"),
-        ({"size": (4, 4, 3)}, "image_size"),
-        ({"size": (4.5, 4)}, "image_size"),
+        ({"size": 0}, "decode_size is 0"),
+        ({"size": (4, -1)}, "decode_size"),
+        ({"size": (4, 4, 3)}, "decode_size"),
+        ({"size": (4.5, 4)}, "decode_size"),
     ],
 )
 def test_bad_options_are_refused(options, message):

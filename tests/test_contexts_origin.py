@@ -89,7 +89,7 @@ def test_labels_are_offset_and_images_and_columns_unified(streaming):
 
 def test_streams_and_datasets_give_the_same_blend():
     data = both()
-    source = OriginContexts(data, labels="offset", image_size=(5, 7))
+    source = OriginContexts(data, labels="offset", decode_size=(5, 7))
     streams = {name: split.to_iterable_dataset() for name, split in data.items()}
     one, two = source.blend(), source.blend(streams)
     assert one.features == two.features
@@ -196,9 +196,9 @@ def test_columns_of_files_and_of_memory_together(tmp_path):
 
 def test_image_options():
     data = both()
-    kept = OriginContexts(data, "offset", image_size="keep").blend()
+    kept = OriginContexts(data, "offset", decode_size="keep").blend()
     assert [image.shape for image in pixels_of(kept)] == [(6, 6, 3)] * 2 + [(4, 5, 3)] * 3
-    gray = OriginContexts(data, "offset", image_mode="L", image_size=8).blend()
+    gray = OriginContexts(data, "offset", image_mode="L", decode_size=8).blend()
     assert {image.shape for image in pixels_of(gray)} == {(8, 8)}
     same = OriginContexts({"a": animals([0], (4, 5)), "b": digits([0])}, "offset").blend()
     raw = same.cast_column("image", datasets.Image(decode=False))
@@ -206,6 +206,14 @@ def test_image_options():
     assert raw[1]["image"]["bytes"] == original[0]["image"]["bytes"]
     named = OriginContexts(data, "offset", image_column="pixels", label_column="target").blend()
     assert named.column_names == ["pixels", "target", "context_ids"]
+
+
+def test_a_blend_saved_with_the_former_name_of_its_size_loads():
+    source = OriginContexts(both(), "offset", decode_size=(5, 7))
+    config, tensors = source._state()
+    config["form"]["image_size"] = config["form"].pop("decode_size")
+    loaded = OriginContexts._from_state({**config, "names": list(source.names)}, tensors, {})
+    assert loaded._form == source._form
 
 
 def test_images_of_the_right_size_keep_their_bytes_also_among_others():
@@ -221,7 +229,7 @@ def test_images_of_the_right_size_keep_their_bytes_also_among_others():
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=DIGITS)})
     mixed = datasets.Dataset.from_list(rows, features=features)
     for data in (mixed, mixed.to_iterable_dataset()):
-        blended = OriginContexts({"only": data}, "shared", image_size=6).blend()
+        blended = OriginContexts({"only": data}, "shared", decode_size=6).blend()
         raw = list(blended.cast_column("image", datasets.Image(decode=False)))
         assert raw[0]["image"]["bytes"] == buffer.getvalue()
         assert PIL.Image.open(io.BytesIO(raw[1]["image"]["bytes"])).size == (6, 6)
@@ -236,7 +244,7 @@ def test_sideways_photographs_are_measured_upright():
     data = datasets.Dataset.from_dict(
         {"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]}, features=features
     )
-    blended = OriginContexts({"only": data}, "shared", image_size=(6, 4)).blend()
+    blended = OriginContexts({"only": data}, "shared", decode_size=(6, 4)).blend()
     assert np.array_equal(pixels_of(blended)[0], np.rot90(np.asarray(picture(4, 6)), -1))
 
 
@@ -338,7 +346,7 @@ def test_datasets_of_different_kinds_do_not_blend():
 
 @pytest.mark.parametrize(
     "options",
-    [{"image_mode": "CMYK"}, {"image_size": "large"}, {"image_size": 0}, {"label_column": "image"}],
+    [{"image_mode": "CMYK"}, {"decode_size": "large"}, {"decode_size": 0}, {"label_column": "image"}],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigError):

@@ -237,7 +237,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_decoded_twice(monkey
     data = table(pictures(60))
     source = ClusterContexts(2, memory_budget_bytes=1000)
     for split in (data, data.to_iterable_dataset()):
-        with pytest.raises(ContextSourceError, match=r"GiB are free. Set TMPDIR .*fit_samples=.*image_size="):
+        with pytest.raises(ContextSourceError, match=r"GiB are free. Set TMPDIR .*fit_samples=.*decode_size="):
             source.fit(split)
     assert not source.fitted
     assert ClusterContexts(2, memory_budget_bytes=1000, fit_samples=9).fit(data).fitted

@@ -241,7 +241,7 @@ def test_soft_contexts_and_images_resized_while_streaming() -> None:
     dataset = make_dataset(contexts=False)
     weights = np.random.default_rng(0).dirichlet(np.ones(3), N)
     dataset = dataset.add_column("context_ids", weights.tolist())
-    whole = together(list(streamed(dataset, image_size=(3, 4), image_mode="L")))
+    whole = together(list(streamed(dataset, decode_size=(3, 4), image_mode="L")))
     assert whole["pixel_values"].shape == (N, 1, 3, 4)
     np.testing.assert_allclose(whole["context_ids"], weights.astype(np.float32))
 
@@ -321,11 +321,11 @@ def test_images_of_differing_sizes_need_a_size() -> None:
     images = [png(a) for a in arrays(4)] + [png(a) for a in arrays(4, 8, 8)]
     features = Features({"image": Image(), "label": ClassLabel(num_classes=1)})
     dataset = Dataset.from_dict({"image": images, "label": [0] * 8}, features=features)
-    with pytest.raises(DatasetError, match="image_size"):
+    with pytest.raises(DatasetError, match="decode_size"):
         list(streamed(dataset))
     with pytest.raises(DatasetError, match=r"row 4 is .3, 8, 8.*give an image size"):
         list(streamed(dataset, batch_size=4))
-    assert len(list(streamed(dataset, batch_size=4, image_size=6))) == 2
+    assert len(list(streamed(dataset, batch_size=4, decode_size=6))) == 2
 
 
 @pytest.mark.parametrize(

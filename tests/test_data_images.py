@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from cn_hf.data import channel_statistics, decode_images, load_splits
+from cn_hf.contexts import ClusterContexts, OriginContexts
+from cn_hf.data import StreamedBatches, channel_statistics, decode_images, load_splits, prepare_data
 from cn_hf.errors import ConfigError, DatasetError, DatasetFileError, InputShapeError, InputTypeError
 from cn_hf.reading.decoded import image_shape
 from cn_hf.reading.statistics import ChannelSums
@@ -68,12 +70,45 @@ def test_orientation_of_the_camera_is_applied() -> None:
     assert torch.equal(decoded.images[0].permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy()))
 
 
+SIZED: dict[str, Callable[..., Any]] = {
+    "decode_images": lambda data, **size: decode_images(data, **size).images.shape[2:],
+    "image_shape": lambda data, **size: image_shape(data, "image", **size)[1:],
+    "prepare_data": lambda data, **size: prepare_data(DatasetDict(train=data), batch_size=2, **size).input_size[1:],
+    "StreamedBatches": lambda data, **size: next(iter(StreamedBatches(data, batch_size=2, **size)))[
+        "pixel_values"
+    ].shape[2:],
+    "ClusterContexts": lambda data, **size: ClusterContexts(2, **size).decode_size,
+    "OriginContexts": lambda data, **size: stored_size(OriginContexts({"only": data}, "shared", **size).blend()),
+}
+
+
+def image_size_of(batch: dict[str, torch.Tensor]) -> torch.Size:
+    return batch["pixel_values"].shape[2:]
+
+
+def stored_size(data: Dataset) -> tuple[int, int]:
+    return data[0]["image"].height, data[0]["image"].width
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_the_former_name_of_decode_size_is_understood(name: str) -> None:
+    data = dataset_of(*[encoded(random_pixels(4, 4, 3))] * 2).add_column(
+        "label", [0, 1], feature=ClassLabel(num_classes=2)
+    )
+    assert tuple(SIZED[name](data, decode_size=(6, 8))) == (6, 8)
+    with pytest.warns(DeprecationWarning, match="image_size is called decode_size") as warned:
+        assert tuple(SIZED[name](data, image_size=(6, 8))) == (6, 8)
+    assert warned[0].filename == __file__
+    with pytest.raises(ConfigError, match="Give decode_size alone"):
+        SIZED[name](data, image_size=8, decode_size=6)
+
+
 def test_resize_and_differing_sizes() -> None:
     mixed = dataset_of(encoded(random_pixels(4, 4, 3)), encoded(random_pixels(8, 6, 3)))
-    with pytest.raises(DatasetError, match=r"8x6.*4x4.*image_size"):
+    with pytest.raises(DatasetError, match=r"8x6.*4x4.*decode_size"):
         decode_images(mixed)
-    assert decode_images(mixed, image_size=5).images.shape == (2, 3, 5, 5)
-    assert decode_images(mixed, image_size=(4, 2)).images.shape == (2, 3, 4, 2)
+    assert decode_images(mixed, decode_size=5).images.shape == (2, 3, 5, 5)
+    assert decode_images(mixed, decode_size=(4, 2)).images.shape == (2, 3, 4, 2)
     # Also where the odd one is in a later chunk.
     many = dataset_of(*[encoded(random_pixels(4, 4, 3))] * 300, encoded(random_pixels(4, 5, 3)))
     with pytest.raises(DatasetError, match="Image 300 is 4x5"):
@@ -136,7 +171,7 @@ def test_undecoded_columns_and_formats_make_no_difference() -> None:
 def test_image_shape() -> None:
     dataset = dataset_of({"bytes": b"no", "path": None}, encoded(random_pixels(5, 7)))
     assert image_shape(dataset) == (3, 5, 7)
-    assert image_shape(dataset, "image", image_size=4, image_mode="L") == (1, 4, 4)
+    assert image_shape(dataset, "image", decode_size=4, image_mode="L") == (1, 4, 4)
     assert image_shape(dataset.to_iterable_dataset()) == (3, 5, 7)
 
 
@@ -147,7 +182,7 @@ def test_wrong_options() -> None:
     with pytest.raises(ConfigError, match="RGB"):
         decode_images(dataset, image_mode="HSV")
     with pytest.raises(ConfigError, match="positive"):
-        decode_images(dataset, image_size=0)
+        decode_images(dataset, decode_size=0)
     with pytest.raises(DatasetError, match="image"):
         decode_images(Dataset.from_dict({"x": [1]}, features=Features({"x": Value("int64")})))
 
@@ -159,7 +194,7 @@ def test_real_images(shared_data: Path, tmp_path: Path) -> None:
     assert torch.equal(decoded[:, 0], decoded[:, 2])
     assert torch.equal(decoded[7, 0], torch.from_numpy(np.array(mnist[7]["image"])))
     cameras = load_splits(shared_data / "daynight_cameras", train_split=None, cache_dir=tmp_path)["test"]
-    assert decode_images(cameras, image_size=(24, 32)).images.shape == (160, 3, 24, 32)
+    assert decode_images(cameras, decode_size=(24, 32)).images.shape == (160, 3, 24, 32)
 
 
 # ----------------------------------------------------------------------------------------------------- statistics

@@ -324,7 +324,7 @@ def test_splits_that_disagree() -> None:
     splits["test"] = make_split(11, 2, side=5)
     with pytest.raises(DatasetError, match="splits differ in the size"):
         prepare_data(splits, batch_size=8)
-    assert prepare_data(splits, batch_size=8, image_size=5).input_size == (3, 5, 5)
+    assert prepare_data(splits, batch_size=8, decode_size=5).input_size == (3, 5, 5)
 
 
 def test_wrong_input() -> None:
@@ -368,6 +368,6 @@ def test_real_superclasses_and_grey_digits(shared_data: Path, tmp_path: Path) ->
     assert whole["labels"].tolist() == splits["test"]["fine_label"][:]
     np.testing.assert_allclose(data.mean, (0.5071, 0.4865, 0.4409), atol=0.03)
     mnist = load_splits(shared_data / "mnist", train_split="train[:300]", test_split="test[:100]", cache_dir=tmp_path)
-    digits = prepare_data(mnist, batch_size=50, image_size=32)
+    digits = prepare_data(mnist, batch_size=50, decode_size=32)
     assert digits.input_size == (3, 32, 32)
     assert digits.mean[0] == digits.mean[2]

@@ -45,7 +45,7 @@ class Blend:
     image_column: str
     label_column: str
     image_mode: str
-    image_size: tuple[int, int] | None
+    decode_size: tuple[int, int] | None
     names: tuple[str, ...]
     class_names: tuple[str, ...] | None
 
@@ -122,7 +122,7 @@ def unify(split: Split, origin: Origin, blend: Blend) -> Split:
     unified = with_features(split.with_format(None), raw_features(features)).select_columns([image])
     unified = unified.rename_columns({image: blend.image_column}) if image != blend.image_column else unified
     resize = _Resize(blend, image)
-    if blend.image_size is not None and resize.needed(unified):
+    if blend.decode_size is not None and resize.needed(unified):
         unified = unified.map(
             resize,
             batched=True,
@@ -168,7 +168,7 @@ class _UnifyBatch:
         if self.blend.class_names is not None:
             labels = self.origin.labels(batch[self.blend.label_column], rows, self.label)
             columns[self.blend.label_column] = labels.tolist()
-        if self.blend.image_size is not None:
+        if self.blend.decode_size is not None:
             columns |= _Resize(self.blend, self.blend.image_column)(batch, rows)
         return columns
 
@@ -200,18 +200,18 @@ class _Resize:
     def _fits(self, value: Any, row: int) -> bool:
         if not isinstance(value, dict) or value["bytes"] is None:
             image = open_image(value, row, self.column, None)
-            return (image.height, image.width) == self.blend.image_size
+            return (image.height, image.width) == self.blend.decode_size
         try:
             image = PIL.Image.open(io.BytesIO(value["bytes"]))  # reads the header, decodes nothing
             sideways = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
         except DECODE_ERRORS as error:
             raise unreadable(row, self.column, f"{type(error).__name__}: {error}") from error
         size = (image.width, image.height) if sideways else (image.height, image.width)
-        return size == self.blend.image_size
+        return size == self.blend.decode_size
 
     def _resized(self, value: Any, row: int) -> dict[str, Any]:
         blend = self.blend
-        [array] = decode_rows([value], [row], self.column, mode=blend.image_mode, size=blend.image_size)
+        [array] = decode_rows([value], [row], self.column, mode=blend.image_mode, size=blend.decode_size)
         buffer = io.BytesIO()
         to_image(array).save(buffer, format="PNG", compress_level=1)
         return {"bytes": buffer.getvalue(), "path": None}

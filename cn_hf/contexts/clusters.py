@@ -35,6 +35,7 @@ from cn_hf.reading.access import DatasetLike, Split, training_split, warn_of_tes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+from cn_hf.reading.images import accepts_image_size
 
 __all__ = ["ClusterContexts", "ClusterOptions"]
 
@@ -122,7 +123,7 @@ class ClusterContexts(ImageContextSource):
             or function from standardised float images ``(N, C, H, W)`` to embeddings ``(N, D)``.
         image_column: found by its feature when None.
         image_mode: ``"RGB"`` or ``"L"``.
-        image_size: int or (height, width) to resize to; None requires images of one size.
+        decode_size: int or (height, width) to resize to; None requires images of one size.
         names: of the contexts; None gives ``cluster_0``, ``cluster_1``, ...
         seed: of sampling, k-means++ and PCA.
         max_iterations: of EM or k-means, at each stage: on samples first, then on all images. Of more than 131,072
@@ -149,6 +150,7 @@ class ClusterContexts(ImageContextSource):
     type = "clusters"
     given = ("features",)
 
+    @accepts_image_size
     def __init__(
         self,
         num_contexts: int = 3,
@@ -157,7 +159,7 @@ class ClusterContexts(ImageContextSource):
         *,
         image_column: str | None = None,
         image_mode: str = "RGB",
-        image_size: int | Sequence[int] | None = None,
+        decode_size: int | Sequence[int] | None = None,
         names: Sequence[str] | None = None,
         seed: int = 0,
         max_iterations: int = 100,
@@ -173,7 +175,7 @@ class ClusterContexts(ImageContextSource):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(
-            image_column=image_column, image_mode=image_mode, image_size=image_size, num_workers=num_workers
+            image_column=image_column, image_mode=image_mode, decode_size=decode_size, num_workers=num_workers
         )
         if not callable(features) and features not in FEATURES:
             raise ConfigError(
@@ -334,7 +336,7 @@ class ClusterContexts(ImageContextSource):
         if (height, width) != size:
             raise ContextSourceError(
                 f"Image {row} is {height}x{width}, the contexts were fitted on {size[0]}x{size[1]} (height x width). "
-                f"Resize it, or fit with image_size={size} to have all resized."
+                f"Resize it, or fit with decode_size={size} to have all resized."
             )
 
     def _pixel_ids(self, pixels: Tensor) -> Tensor:
@@ -360,7 +362,7 @@ class ClusterContexts(ImageContextSource):
         }
         config = {
             "options": dataclasses.asdict(self.options),
-            "image": {"column": self.image_column, "mode": self.image_mode, "size": self.image_size},
+            "image": {"column": self.image_column, "mode": self.image_mode, "size": self.decode_size},
             "shape": fit.shape,
             "sizes": fit.sizes,
             "objective": fit.clustering.objective,
@@ -389,7 +391,7 @@ class ClusterContexts(ImageContextSource):
             names=config["names"],
             image_column=image["column"],
             image_mode=image["mode"],
-            image_size=image["size"],
+            decode_size=image["size"],
         )
         source._fit = _read_fit(config, tensors, source.options)
         if model is not None:

@@ -26,6 +26,7 @@ from cn_hf.reading.access import Split, warn_of_test_split
 from cn_hf.reading.images import (
     Array,
     DecodedBatch,
+    accepts_image_size,
     check_image_options,
     decode_rows,
     find_image_column,
@@ -57,7 +58,7 @@ class ImageContextSource(RowContextSource):
     Args:
         image_column: found by its ``datasets.Image`` feature when None.
         image_mode: ``"RGB"`` or ``"L"``; images are converted to it.
-        image_size: int or (height, width) that images are resized to; None takes them as they are.
+        decode_size: int or (height, width) that images are resized to; None takes them as they are.
         num_workers: threads that decode a ``Dataset``'s images; 0 decodes in this one. Streams decode where they are
             read.
     """
@@ -66,18 +67,19 @@ class ImageContextSource(RowContextSource):
     one_size: ClassVar[bool] = True
     """Whether all images must have one size."""
 
+    @accepts_image_size
     def __init__(
         self,
         *,
         image_column: str | None,
         image_mode: str,
-        image_size: int | Sequence[int] | None,
+        decode_size: int | Sequence[int] | None,
         num_workers: int,
     ) -> None:
         if not isinstance(num_workers, int) or num_workers < 0:
             raise ConfigError(f"num_workers is {num_workers!r}; expected 0 or a number of threads.")
         self.image_column = image_column
-        self.image_size = check_image_options(image_mode, image_size)
+        self.decode_size = check_image_options(image_mode, decode_size)
         self.image_mode = image_mode
         self.num_workers = num_workers
 
@@ -113,7 +115,7 @@ class ImageContextSource(RowContextSource):
             if len(pixels):
                 self._check_size(0, *pixels.shape[2:])
             return self._pixel_ids(pixels)
-        arrays = images_to_arrays(images, self.image_mode, self.image_size)
+        arrays = images_to_arrays(images, self.image_mode, self.decode_size)
         return torch.from_numpy(self._array_ids(arrays, range(len(arrays))))
 
     @abstractmethod
@@ -159,7 +161,7 @@ class ImageContextSource(RowContextSource):
             split,
             self.image_column,
             mode=self.image_mode,
-            size=self.image_size,
+            size=self.decode_size,
             batch_size=self.batch_size,
             rows=rows,
             keep=processes.owns if streamed and processes.count > 1 else None,
@@ -170,7 +172,7 @@ class ImageContextSource(RowContextSource):
     def _given_chunks(self, images: Any) -> Iterable[PixelChunk]:
         if isinstance(images, Tensor):
             return [PixelChunk(list(range(len(images))), self._as_pixels(images))]
-        arrays = images_to_arrays(images, self.image_mode, self.image_size)
+        arrays = images_to_arrays(images, self.image_mode, self.decode_size)
         return self._by_size(arrays, range(len(arrays)))
 
     def _by_size(self, arrays: Sequence[Array], rows: Sequence[int]) -> list[PixelChunk]:
@@ -191,7 +193,7 @@ class ImageContextSource(RowContextSource):
         self, batch: Mapping[str, list[Any]], rows: list[int], features: Mapping[str, Any]
     ) -> npt.NDArray[np.int64]:
         column = self._columns(features)[0]
-        arrays = decode_rows(batch[column], rows, column, mode=self.image_mode, size=self.image_size)
+        arrays = decode_rows(batch[column], rows, column, mode=self.image_mode, size=self.decode_size)
         return self._array_ids(arrays, rows)
 
     def _split_ids(
@@ -215,9 +217,9 @@ class ImageContextSource(RowContextSource):
     def _as_pixels(self, images: Tensor) -> Tensor:
         """A caller's tensor in the source's mode and size."""
         pixels = in_mode(images, self.image_mode)
-        if self.image_size is None or tuple(pixels.shape[2:]) == self.image_size or not len(pixels):
+        if self.decode_size is None or tuple(pixels.shape[2:]) == self.decode_size or not len(pixels):
             return pixels
-        arrays = [to_array(image, self.image_mode, self.image_size) for image in to_pil(pixels)]
+        arrays = [to_array(image, self.image_mode, self.decode_size) for image in to_pil(pixels)]
         return stack_arrays(arrays, range(len(arrays))).to(images.device)
 
 

@@ -47,7 +47,7 @@ from cn_hf.reading.access import (
     map_splits,
     training_split,
 )
-from cn_hf.reading.images import check_image_options, find_image_column
+from cn_hf.reading.images import accepts_image_size, check_image_options, find_image_column
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,7 +70,7 @@ class OriginContexts(ContextSource):
         image_column: its name in the blend.
         label_column: its name in the blend.
         image_mode: ``"RGB"`` or ``"L"``, of all images.
-        image_size: int or (height, width), of all images; None resizes only if the origins' first images differ in
+        decode_size: int or (height, width), of all images; None resizes only if the origins' first images differ in
             size, and then all to the largest height and width of those; ``"keep"`` never resizes.
         shuffle_seed: shuffles what ``blend`` returns (streams take from the origins in turn, then shuffle in a buffer
             of 1,000); None keeps the origins one after the other.
@@ -84,6 +84,7 @@ class OriginContexts(ContextSource):
 
     type = "origin"
 
+    @accepts_image_size
     def __init__(
         self,
         origins: Mapping[str, DatasetLike],
@@ -94,7 +95,7 @@ class OriginContexts(ContextSource):
         image_column: str = "image",
         label_column: str = "label",
         image_mode: str = "RGB",
-        image_size: int | Sequence[int] | str | None = None,
+        decode_size: int | Sequence[int] | str | None = None,
         shuffle_seed: int | None = None,
     ) -> None:
         if is_split_dict(origins) or not isinstance(origins, Mapping):
@@ -107,9 +108,9 @@ class OriginContexts(ContextSource):
         names = check_names(list(origins), "names of origins")
         if image_column == label_column:
             raise ConfigError(f"image_column and label_column are both {image_column!r}.")
-        size = None if isinstance(image_size, str) else check_image_options(image_mode, image_size)
-        if isinstance(image_size, str) and image_size != "keep":
-            raise ConfigError(f"image_size is {image_size!r}; expected an int, (height, width), 'keep' or None.")
+        size = None if isinstance(decode_size, str) else check_image_options(image_mode, decode_size)
+        if isinstance(decode_size, str) and decode_size != "keep":
+            raise ConfigError(f"decode_size is {decode_size!r}; expected an int, (height, width), 'keep' or None.")
         _check_same_kind(origins)
         image_columns, label_columns = image_columns or {}, label_columns or {}
         _check_known((*image_columns, *label_columns), names)
@@ -128,7 +129,7 @@ class OriginContexts(ContextSource):
             image_column=image_column,
             label_column=label_column,
             image_mode=image_mode,
-            image_size=_common_size(origins, self._origins) if image_size is None else size,
+            decode_size=_common_size(origins, self._origins) if decode_size is None else size,
             names=names,
             class_names=class_names,
         )
@@ -247,7 +248,9 @@ class OriginContexts(ContextSource):
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], given: Mapping[str, Callable[..., Any]]
     ) -> Self:
         form, names = dict(config["form"]), check_names(config["names"])
-        for key in ("names", "class_names", "image_size"):
+        if "image_size" in form:  # its name before
+            form["decode_size"] = form.pop("image_size")
+        for key in ("names", "class_names", "decode_size"):
             form[key] = None if form[key] is None else tuple(form[key])
         source = cls.__new__(cls)  # not through __init__, which needs the datasets
         source._names, source._form = names, Blend(**form)

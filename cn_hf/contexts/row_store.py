@@ -187,5 +187,5 @@ def _no_room(state: str) -> ContextSourceError:
     return ContextSourceError(
         f"The decoded training images are more than memory_budget_bytes and go to a temporary file, for which "
         f"{tempfile.gettempdir()} has no room: {state}. Set TMPDIR to a folder on a larger disk, or fit on fewer, "
-        "fit_samples=..., or on smaller ones, image_size=..."
+        "fit_samples=..., or on smaller ones, decode_size=..."
     )

@@ -211,7 +211,7 @@ class BrightnessContexts(ImageContextSource):
         image_column: str | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(image_column=image_column, image_mode="RGB", image_size=None, num_workers=num_workers)
+        super().__init__(image_column=image_column, image_mode="RGB", decode_size=None, num_workers=num_workers)
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if threshold is not None and not (number and 0 <= threshold <= 255):
             raise ConfigError(f"threshold is {threshold!r}; expected a mean luma from 0 to 255, or None to find one.")

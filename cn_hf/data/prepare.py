@@ -21,7 +21,7 @@ from cn_hf.data.streaming import StreamedBatches
 from cn_hf.errors import ConfigError, DatasetError, nearest
 from cn_hf.reading.access import features_of
 from cn_hf.reading.decoded import DecodedImages, OnError, check_on_error, decode_images, image_shape
-from cn_hf.reading.images import iter_decoded, stack_arrays
+from cn_hf.reading.images import accepts_image_size, iter_decoded, stack_arrays
 from cn_hf.reading.loading import (
     find_image_column,
     find_label_column,
@@ -74,13 +74,14 @@ class PreparedData:
         return {name: batches for name in SPLITS if (batches := getattr(self, name)) is not None}
 
 
+@accepts_image_size
 def prepare_data(
     splits: Any,
     *,
     context_source: ContextSource | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    decode_size: int | tuple[int, int] | None = None,
     image_mode: str = "RGB",
     augment: Augmentation | None = None,
     mixing: MixingConfig | None = None,
@@ -111,7 +112,7 @@ def prepare_data(
         context_source: See above.
         image_column: None: the one there is.
         label_column: None: the one there is.
-        image_size: One number or (height, width) to resize to while decoding; None: as stored.
+        decode_size: One number or (height, width) to resize to while decoding; None: as stored.
         image_mode: "RGB" or "L".
         augment: For training batches; its resize also for the others.
         mixing: For training batches alone, whose labels and contexts it turns into weights.
@@ -142,7 +143,7 @@ def prepare_data(
     _check_splits(splits, context_source, mean, std)
     image_column = find_image_column(splits, image_column)
     label_column = find_label_column(splits, label_column)
-    decoding: dict[str, Any] = {"image_size": image_size, "image_mode": image_mode}
+    decoding: dict[str, Any] = {"decode_size": decode_size, "image_mode": image_mode}
     held = _decode_within(splits, image_column, decoding, memory_budget_bytes, on_error, num_workers, progress)
     readable = _readable(splits, held, image_column, on_error, context_source)
     if context_source is not None:
@@ -307,7 +308,7 @@ def _measured(
         in_memory = isinstance(train, datasets.Dataset)
         sample = take_shuffled(train, STATISTICS_IMAGES, seed) if in_memory else train.take(STATISTICS_IMAGES)
         for rows, arrays in iter_decoded(
-            sample, image_column, mode=decoding["image_mode"], size=decoding["image_size"], skip_corrupt=True
+            sample, image_column, mode=decoding["image_mode"], size=decoding["decode_size"], skip_corrupt=True
         ):
             if rows:
                 sums.update(stack_arrays(arrays, rows))

@@ -26,7 +26,7 @@ from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError
 from cn_hf.reading.access import CONTEXT_COLUMN, features_of, raw_batches, raw_features, with_features
 from cn_hf.reading.decoded import OnError, check_on_error, image_shape
 from cn_hf.reading.fingerprint import dataset_fingerprint, stream_fingerprint
-from cn_hf.reading.images import check_image_options, decode_image, stack_arrays, unreadable
+from cn_hf.reading.images import accepts_image_size, check_image_options, decode_image, stack_arrays, unreadable
 from cn_hf.reading.loading import (
     check_context_feature,
     check_labels,
@@ -51,7 +51,7 @@ class StreamedBatches(Batches):
             ``index`` then counts rows as they came.
         image_column: None: the one there is.
         label_column: None: the one there is.
-        image_size: One number or (height, width) to resize to; None: as stored, and then all must be of one size.
+        decode_size: One number or (height, width) to resize to; None: as stored, and then all must be of one size.
         image_mode: "RGB" or "L".
         on_error: "raise" at an image that cannot be read, or "skip" it, which leaves its batch smaller; rows skipped
             in the last pass are in ``skipped``.
@@ -69,13 +69,14 @@ class StreamedBatches(Batches):
         ConfigError: A value is out of range.
     """
 
+    @accepts_image_size
     def __init__(
         self,
         dataset: Any,
         *,
         image_column: str | None = None,
         label_column: str | None = None,
-        image_size: int | Sequence[int] | None = None,
+        decode_size: int | Sequence[int] | None = None,
         image_mode: str = "RGB",
         on_error: OnError = "raise",
         num_rows: int | None = None,
@@ -102,7 +103,7 @@ class StreamedBatches(Batches):
         self.skipped: tuple[int, ...] = ()
         self._num_rows = num_rows if is_stream else len(dataset)
         self._image_shape: tuple[int, ...] | None = None
-        self._decoder = _PartDecoder(dataset, image_column, label_column, image_size, image_mode, on_error)
+        self._decoder = _PartDecoder(dataset, image_column, label_column, decode_size, image_mode, on_error)
         self._balanced_ids = self._read_balanced_ids() if self.balance_contexts else None
 
     @property
@@ -159,7 +160,7 @@ class StreamedBatches(Batches):
             if part.pixels is None:
                 decoder = self._decoder
                 shape = image_shape(
-                    self.dataset, decoder.image_column, image_size=decoder.size, image_mode=decoder.mode
+                    self.dataset, decoder.image_column, decode_size=decoder.size, image_mode=decoder.mode
                 )
             else:
                 shape = part.pixels.shape[1:]
@@ -211,7 +212,7 @@ class _PartDecoder:
         dataset: Any,
         image_column: str | None,
         label_column: str | None,
-        image_size: int | Sequence[int] | None,
+        decode_size: int | Sequence[int] | None,
         image_mode: str,
         on_error: OnError,
     ) -> None:
@@ -219,7 +220,7 @@ class _PartDecoder:
         self.label_column = find_label_column(dataset, label_column)
         names = label_names(dataset, self.label_column)
         self.num_classes = None if names is None else len(names)
-        self.size = check_image_options(image_mode, image_size)
+        self.size = check_image_options(image_mode, decode_size)
         self.mode = image_mode
         self.skip = on_error == "skip"
         self.columns = [self.image_column, self.label_column]

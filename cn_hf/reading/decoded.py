@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cn_hf.errors import CnHfError, ConfigError, DatasetError, DatasetFileError, nearest
-from cn_hf.reading.images import check_image_options, iter_decoded, size_mismatch, stack_arrays
+from cn_hf.reading.images import accepts_image_size, check_image_options, iter_decoded, size_mismatch, stack_arrays
 from cn_hf.reading.loading import find_image_column
 from cn_hf.reading.workers import iterate
 
@@ -55,11 +55,12 @@ class DecodedImages:
         return tuple(sorted(set(range(self.num_rows)).difference(self.rows.tolist())))
 
 
+@accepts_image_size
 def decode_images(
     dataset: Any,
     column: str | None = None,
     *,
-    image_size: int | Sequence[int] | None = None,
+    decode_size: int | Sequence[int] | None = None,
     image_mode: str = "RGB",
     on_error: OnError = "raise",
     num_workers: int = 0,
@@ -70,7 +71,7 @@ def decode_images(
     Args:
         dataset: A ``datasets.Dataset`` (a stream may have no end: see ``StreamedBatches``).
         column: Its image column; None: the one there is.
-        image_size: One number or (height, width) to resize to; None: as stored, and then all must be of one size.
+        decode_size: One number or (height, width) to resize to; None: as stored, and then all must be of one size.
         image_mode: "RGB" (C = 3) or "L" (C = 1).
         on_error: "raise" at an image that cannot be read, or "skip" it.
         num_workers: Processes that decode; 0: this one.
@@ -87,7 +88,7 @@ def decode_images(
     num_rows = len(dataset)
     if num_rows == 0:
         raise DatasetError("the dataset has no rows, so there are no images to decode")
-    chunks = _Chunks(dataset, column, image_mode, check_image_options(image_mode, image_size), on_error == "skip")
+    chunks = _Chunks(dataset, column, image_mode, check_image_options(image_mode, decode_size), on_error == "skip")
     images: Tensor | None = None
     kept: list[int] = []
     with tqdm(total=num_rows, desc=progress, unit="image", disable=None if progress else True, leave=False) as bar:
@@ -143,11 +144,12 @@ class _Chunks(torch.utils.data.Dataset["tuple[list[int], Tensor | None] | CnHfEr
             return error
 
 
+@accepts_image_size
 def image_shape(
     dataset: Any,
     column: str | None = None,
     *,
-    image_size: int | Sequence[int] | None = None,
+    decode_size: int | Sequence[int] | None = None,
     image_mode: str = "RGB",
 ) -> tuple[int, int, int]:
     """(C, H, W) of the first image of a Dataset or stream that can be read.
@@ -158,7 +160,7 @@ def image_shape(
     """
     in_memory = isinstance(dataset, datasets.Dataset)
     sample = dataset.select(range(min(_SAMPLE, len(dataset)))) if in_memory else dataset.take(_SAMPLE)
-    decoded = iter_decoded(sample, column, mode=image_mode, size=image_size, batch_size=1, skip_corrupt=True)
+    decoded = iter_decoded(sample, column, mode=image_mode, size=decode_size, batch_size=1, skip_corrupt=True)
     for _, arrays in decoded:
         if arrays:
             height, width, channels = arrays[0].shape

@@ -9,12 +9,14 @@ Shape legend: ``N`` images, ``C`` channels (3 for RGB, 1 for L), ``H`` ``W`` pix
 
 from __future__ import annotations
 
+import functools
 import struct
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import datasets
 import numpy as np
@@ -33,6 +35,7 @@ __all__ = [
     "DECODE_ERRORS",
     "Array",
     "DecodedBatch",
+    "accepts_image_size",
     "check_image_options",
     "decode_image",
     "decode_rows",
@@ -71,6 +74,32 @@ class DecodedBatch(NamedTuple):
     arrays: list[Array]
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def accepts_image_size(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``image_size`` stand for ``decode_size``, whose name it was, with a DeprecationWarning.
+
+    Raises:
+        ConfigError: When both are given.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "image_size" in kwargs:
+            if "decode_size" in kwargs:
+                raise ConfigError("image_size is the former name of decode_size. Give decode_size alone.")
+            warnings.warn(
+                "image_size is called decode_size here, since it is the size that images are decoded to. Rename it.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            kwargs["decode_size"] = kwargs.pop("image_size")
+        return function(*args, **kwargs)
+
+    return call
+
+
 def check_image_options(mode: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Validate a mode and a size; the size as (height, width), or None to leave sizes alone.
 
@@ -83,7 +112,7 @@ def check_image_options(mode: str, size: int | Sequence[int] | None) -> tuple[in
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ConfigError(f"image_size is {size!r}; expected a positive integer, (height, width), or None.")
+        raise ConfigError(f"decode_size is {size!r}; expected a positive integer, (height, width), or None.")
     return int(pair[0]), int(pair[1])
 
 
@@ -318,7 +347,7 @@ def size_mismatch(row: int, shape: Sequence[int], first_row: int, first_shape: S
     """The error for images of differing sizes (shapes HWC) where one size is needed."""
     return DatasetError(
         f"Image {row} is {shape[0]}x{shape[1]}, image {first_row} is {first_shape[0]}x{first_shape[1]} "
-        "(height x width). One size is needed here: give image_size=(height, width) to resize all "
+        "(height x width). One size is needed here: give decode_size=(height, width) to resize all "
         "(decode_size in a training config)."
     )
 

@@ -210,7 +210,7 @@ def _jpegs(plan: Plan, settings: Settings, folder: Path) -> PreparedData:
     }
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return prepare_data(
-        datasets.DatasetDict({"train": data}), image_size=plan.side, batch_size=plan.batch, mean=(0.5,) * 3,
+        datasets.DatasetDict({"train": data}), decode_size=plan.side, batch_size=plan.batch, mean=(0.5,) * 3,
         std=(0.25,) * 3, device=settings.device, memory_budget_bytes=0, num_workers=plan.workers,
     )  # fmt: skip
 

@@ -185,7 +185,7 @@ def _load_data(
         context_source=source,
         image_column=_own_column(config, config.image_column),
         label_column=_own_column(config, config.label_column),
-        image_size=_decode_size(config, splits),
+        decode_size=_decode_size(config, splits),
         augment=augmentation,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
@@ -257,7 +257,7 @@ def _load_splits(
     origins = OriginContexts(
         dict(zip(names, loaded, strict=True)),
         labels="shared" if config.share_labels else "offset",
-        image_size=config.decode_size,
+        decode_size=config.decode_size,
         image_columns=_named_columns(names, loaded, config.image_column),
         label_columns=_named_columns(names, loaded, config.label_column),
     )
@@ -315,7 +315,7 @@ def _clusters(arguments: list[str], config: TrainingConfig) -> ClusterContexts:
         options["num_contexts"] = int(_number(options["num_contexts"], config))
     elif config.num_contexts is not None:
         options["num_contexts"] = config.num_contexts
-    return ClusterContexts(**options, image_column=image_column, image_size=config.image_size, seed=config.seed)
+    return ClusterContexts(**options, image_column=image_column, decode_size=config.image_size, seed=config.seed)
 
 
 def _only(arguments: list[str], config: TrainingConfig, form: str) -> str:

@@ -146,7 +146,7 @@ def fitted_domain_source(train: datasets.Dataset) -> ClusterContexts:
     Raises:
         ContextSourceError: The clusters do not tell the domains apart.
     """
-    options: dict[str, Any] = {"image_size": 8, "reg_covar": 1e-4}
+    options: dict[str, Any] = {"decode_size": 8, "reg_covar": 1e-4}
     clusters = ClusterContexts(len(DOMAINS), **options).fit(train)
     found = torch.tensor(clusters.apply(train)[CONTEXT_COLUMN])
     domains = torch.tensor(train["domain"])
