@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -135,8 +136,21 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path: Path) -> None:
         ):
             pass
     assert not is_held(folder)
+    assert not list(folder.iterdir())
     with held_folder(folder):
         pass
+
+
+def test_the_lock_of_a_run_whose_folder_was_replaced_is_not_the_other_s(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(held_folder(folder))
+        shutil.rmtree(folder)
+        second.enter_context(held_folder(folder))
+        first.close()
+        assert is_held(folder)
+        with pytest.raises(CheckpointError, match="going on"), held_folder(folder):
+            pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ class DecodedBatch(NamedTuple):
     arrays: list[Array]
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def accepts_image_size(function: Callable[P, R]) -> Callable[P, R]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
 import tempfile
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.files import read_description, write_json, write_whole
@@ -87,13 +85,11 @@ class OpenFolder:
         Raises:
             CheckpointError: It was removed or replaced.
         """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
-                return
-        raise CheckpointError(
-            f"{self.path} was removed or replaced while the run was writing to it, so what it held is gone. Start the "
-            "run again."
-        )
+        if not _is_open_at(self._descriptor, self.path):
+            raise CheckpointError(
+                f"{self.path} was removed or replaced while the run was writing to it, so what it held is gone. Start "
+                "the run again."
+            )
 
 
 @contextlib.contextmanager
@@ -104,29 +100,61 @@ def held_folder(path: Path) -> Iterator[OpenFolder]:
         CheckpointError: A run that is going on has it, or it cannot be written to.
     """
     check_writable(path)
-    with OpenFolder(path) as folder, contextlib.ExitStack() as stack:
+    with OpenFolder(path) as folder:
         try:
-            stack.enter_context(FileLock(path / LOCK).acquire(blocking=False))
-        except Timeout as error:
+            descriptor = _locked(path / LOCK)
+        except BlockingIOError as error:
             raise CheckpointError(
                 f"{path} belongs to a run that is going on in another process. Wait for it to end, or give another "
                 "folder."
             ) from error
-        except (OSError, NotImplementedError) as error:
-            if not isinstance(error, NotImplementedError) and error.errno != errno.ENOSYS:
-                raise CheckpointError(f"{path / LOCK} cannot be locked: {error}; give another folder") from error
-        yield folder
+        except OSError as error:
+            raise CheckpointError(f"{path / LOCK} cannot be locked: {error}; give another folder") from error
+        try:
+            yield folder
+        finally:
+            if _is_open_at(descriptor, path / LOCK):
+                (path / LOCK).unlink()
+            os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
     """True if a run is going on in the folder."""
-    if not (path / LOCK).exists():
-        return False
     try:
-        with FileLock(path / LOCK).acquire(blocking=False):
-            return False
-    except Timeout:
+        os.close(_locked(path / LOCK, make=False))
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
+    return False
+
+
+def _locked(path: Path, *, make: bool = True) -> int:
+    """Return the descriptor of a file with the operating system's lock on it.
+
+    Raises:
+        BlockingIOError: Another process, or another descriptor of this one, has the lock.
+        OSError: The file cannot be made, or its file system has no locks.
+    """
+    import fcntl  # Unix only
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_open_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its holder has removed it meanwhile
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """True if the path leads to the open file or folder."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
