@@ -244,6 +244,22 @@ def test_an_eps_that_cannot_keep_the_sum_is_an_error() -> None:
     assert type(model) is nn.Sequential
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(C, eps=1.0), nn.GroupNorm(2, C, eps=7.0), nn.BatchNorm1d(C, eps=2.0), nn.LayerNorm(C, eps=0.0)],
+    ids=lambda norm: f"{type(norm).__name__}-{norm.eps:g}",
+)
+def test_an_eps_that_leaves_a_variance_of_one_no_room(norm: nn.Module) -> None:
+    model = settle(nn.Sequential(nn.Linear(C, C), copy.deepcopy(norm)))
+    x = torch.randn(5, C)
+    before, state = model(x), tensors_of(model)
+    cn_hf.patch_model(model, "cn")
+    assert difference(model(x, context_ids=2), before) <= 1e-5
+    assert difference(cn_hf.fold_context(model, 0)(x), before) <= 1e-5
+    model.load_state_dict(state)
+    assert difference(model(x, context_ids=1), before) <= 1e-5
+
+
 # ----------------------------------------------------------------------------------- tools that would drop the contexts
 
 

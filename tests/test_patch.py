@@ -983,3 +983,26 @@ def test_functional_call_and_per_sample_gradients() -> None:
         model(x[i : i + 1], context_ids=ids[i : i + 1]).square().sum().backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(grads[name][i], parameter.grad, atol=1e-3, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- half precision by default
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"num_contexts": 4, "embedding_dim": 3}, {"embedding_dim": 1}], ids=str)
+@pytest.mark.parametrize("mode", ["cn", "cn-channels", "dsbn", "bn", "mn"])
+def test_a_model_built_in_half_precision(mode: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8))
+        cn_hf.patch_model(settle(model), mode, where="norms", **options)
+        layer = cn_hf.ContextNorm(8, 3, feature_dim=1)
+        x = torch.randn(4, 3, 6, 6)
+        out = model(x) if mode in ("bn", "mn") else model(x, context_ids=torch.tensor([0, 2, 1, 1]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == dtype
+    assert {p.dtype for p in cn_hf.context_parameters(model)} <= {torch.float32}
+    assert layer.embedding.dtype == dtype
+    rows = layer.embedding.float()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(3), atol=2e-2, rtol=0)

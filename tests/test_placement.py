@@ -290,3 +290,19 @@ def test_transformers_swin_whose_embedding_returns_a_tuple() -> None:
 def test_a_place_on_a_small_token_model() -> None:
     assert slots(SmallTokenNet(nn.RMSNorm(6))) == {"norm"}
     assert slots(SmallTokenNet(nn.Identity()), "cn-channels") == {"inner"}
+
+
+# ---------------------------------------------------------------------------------------------------------- lazy layers
+
+
+@pytest.mark.parametrize("where", [None, "norms", "input", ["1"]])
+@pytest.mark.parametrize("lazy", ["0", "1", "2"])
+def test_lazy_layers_are_run_before_they_are_patched(lazy: str, where: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.InstanceNorm2d(8))
+    model[int(lazy)] = {"0": nn.LazyConv2d(8, 3), "1": nn.LazyBatchNorm2d(), "2": nn.LazyInstanceNorm2d()}[lazy]
+    before = anatomy(model)
+    with pytest.raises(PatchError, match=rf"{lazy} \(Lazy.*Run the model once"):
+        cn_hf.patch_model(model, "cn-channels", where=where)
+    assert anatomy(model) == before
+    model(images())
+    cn_hf.patch_model(model, "cn-channels", where=where)

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -476,3 +477,18 @@ def test_push_in_one_process_and_load_in_another(hub, tmp_path):
     assert run_python(LOAD, hub, tmp_path / "loader").result == [pushed, pushed, on_branch]
     assert not [request for request in hub.requests if request[0] == "GET" and request[1].endswith(".bin")]
     assert run_python(WITHOUT, hub, tmp_path / "without").result == "refused"
+
+
+@pytest.mark.parametrize("where", [None, ["bn"], ["stages.0.blocks.0.dw0.m.bn"]])
+def test_a_new_classifier_has_slots_as_the_old_one(where: Any, tmp_path: Path) -> None:
+    """EfficientViT-M, LeViT, RepViT and iFormer have a batch norm in their classifier."""
+    model: Any = tell_apart(cn_hf.patch_model(settle(timm.create_model("efficientvit_m0")), "cn", where=where))
+    before = [row.name for row in cn_hf.patch_report(model)]
+    assert ("head.bn" in before) == (where != ["stages.0.blocks.0.dw0.m.bn"])
+    model.reset_classifier(0)
+    assert "head.bn" not in [row.name for row in cn_hf.patch_report(model)]
+    model.reset_classifier(7)
+    assert [row.name for row in cn_hf.patch_report(model)] == before
+    cn_hf.save_pretrained(model.eval(), tmp_path)
+    x = torch.randn(2, 3, 224, 224)
+    assert torch.equal(cn_hf.from_pretrained(tmp_path).eval()(x, context_ids=[0, 2]), model(x, context_ids=[0, 2]))

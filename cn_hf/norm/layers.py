@@ -216,16 +216,17 @@ class ContextNorm(FeatureNorm):
         if self.embedding.is_meta:
             return
         rows, d = self.embedding.shape
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # nothing decomposes half precision
         with torch.no_grad():
             if d >= rows:
-                drawn = nn.init.orthogonal_(torch.empty(rows, d))
+                drawn = nn.init.orthogonal_(torch.empty(rows, d, dtype=wide))
             elif d == rows - 1:
-                square = torch.randn(rows, rows)
+                square = torch.randn(rows, rows, dtype=wide)
                 square[:, 0] = 1
                 corners = torch.linalg.qr(square).Q[:, 1:]
                 drawn = corners / corners.norm(dim=1, keepdim=True)
             else:
-                drawn = torch.randn(rows, d) / math.sqrt(d)
+                drawn = torch.randn(rows, d, dtype=wide) / math.sqrt(d)
             self.embedding.copy_(drawn)
             self.embedding_bias.zero_()
 

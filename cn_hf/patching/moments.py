@@ -147,8 +147,8 @@ class StoredMoments:
     @classmethod
     def unknown(cls, num_contexts: int, num_features: int) -> StoredMoments:
         """Return moments of contexts none of which was measured."""
-        zeros = torch.zeros(num_contexts, num_features)
-        return cls(zeros, zeros.clone(), torch.zeros(num_contexts))
+        zeros = torch.zeros(num_contexts, num_features, dtype=torch.float32)
+        return cls(zeros, zeros.clone(), torch.zeros(num_contexts, dtype=torch.float32))
 
     def put(self, context: int, rows: Rows, images: float) -> None:
         """Keep the moments ``(1, C)`` of one context."""

@@ -15,9 +15,9 @@ from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNo
 from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
 from cn_hf.patching.inference import apply_inference
-from cn_hf.patching.placement import Target, find_targets, fitting_mode
+from cn_hf.patching.placement import Target, find_new_norms, find_targets, fitting_mode
 from cn_hf.patching.router import ContextRouter
-from cn_hf.patching.routing import RoutedModel, routed_class, router_of
+from cn_hf.patching.routing import RoutedModel, add_root_mixin, routed_class, router_of
 from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
@@ -175,7 +175,8 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dty
 
 def _build_normalizer(model: nn.Module, target: Target, config: ContextNormConfig) -> nn.Module:
     own_eps = NORMS[qualified_name(own_class(target.module))].eps(target.module) if target.role == "norm" else 1e-5
-    eps = own_eps if config.eps is None else config.eps
+    usual = own_eps if 0 < own_eps < 1 else 1e-5  # of a variance that starts as 1 less eps
+    eps = usual if config.eps is None else config.eps
     device, dtype = _place(model, target.module)
     common: dict[str, Any] = {
         "feature_dim": target.feature_dim,
@@ -272,6 +273,24 @@ def refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
         "Fusing (timm's reparameterize_model) would drop the contexts of this model: fold_context(model, context) "
         "gives a plain model for one context, and unpatch_model(model) the one without contexts; either can be fused."
     )
+
+
+class WithClassifier:
+    """The root of a patched model that can replace its own classifier."""
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        """Replace the classifier as the model's class does; norms of the new one become slots as those of the old."""
+        model: Any = self
+        known = set(model.modules())
+        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]  # of the model's class
+        if any(isinstance(module, Slot) and module.recipe[1][0] == "norm" for module in known):
+            config = model.router.config
+            for target in find_new_norms(model, config, known):
+                _install(target, _build_normalizer(model, target, config), model.router, config)
+            apply_inference(model, config)
+
+
+add_root_mixin("reset_classifier", WithClassifier)
 
 
 # -------------------------------------------------------------------------------------------------------- the way back

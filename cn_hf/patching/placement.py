@@ -12,13 +12,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from cn_hf.errors import PatchError, nearest
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import MIXING, NORMS, REFUSED, NormEntry, qualified_name
 from cn_hf.patching.swapped import own_class
 
-__all__ = ["Target", "find_targets", "fitting_mode"]
+__all__ = ["Target", "find_new_norms", "find_targets", "fitting_mode"]
 
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -50,8 +51,9 @@ def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
         At least one target.
 
     Raises:
-        PatchError: nothing matches, a pattern matches nothing, or a named module cannot be swapped.
+        PatchError: nothing matches, a pattern matches nothing, a named module cannot be swapped, or one is lazy.
     """
+    _check_initialized(model)
     where = config.where
     if where is None:
         where = "paper" if config.mode in BASELINES or not _norms(model, config.mode) else "norms"
@@ -94,6 +96,24 @@ def fitting_mode(model: nn.Module) -> str:
     except PatchError:
         return "cn-channels"
     return "cn-patches"
+
+
+def find_new_norms(model: nn.Module, config: ContextNormConfig, known: Collection[nn.Module]) -> list[Target]:
+    """The norms that ``config`` means among the modules of a patched model that are not ``known``."""
+    targets = [target for target in _norms(model, config.mode) if target.module not in known]
+    where = (config.where,) if isinstance(config.where, str) else config.where
+    if where is None or where == ("norms",):
+        return targets
+    return [target for target in targets if any(_matches(target.name, pattern) for pattern in where)]
+
+
+def _check_initialized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise PatchError(
+                f"Expected a model whose shapes are known, received one in which {name or 'the model'} "
+                f"({type(module).__name__}) is lazy. Run the model once on a batch, then patch it."
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------- norms

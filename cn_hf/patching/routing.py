@@ -113,24 +113,25 @@ class RoutedModel(Swapped):
 _MOST_COLOURS = 4  # channels of an image, by which it is told from features
 
 ROOT_MIXINS: dict[str, type] = {}
-"""What roots of a library's models can do besides: qualified name of the library's base class -> mixin."""
+"""What roots of some models can do besides: qualified name of a library's base class, or of a method -> mixin."""
 
 
-def add_root_mixin(library_class: str, mixin: type) -> None:
-    """Give the roots of patched models that descend from ``library_class`` the methods of ``mixin``.
+def add_root_mixin(key: str, mixin: type) -> None:
+    """Give the roots of some patched models the methods of ``mixin``.
 
     Args:
-        library_class: qualified name, so that the library need not be imported.
+        key: qualified name of a library's class that they descend from, so that the library need not be imported; or
+            the name of a method that they have.
         mixin: comes before ``RoutedModel`` among the root's base classes.
     """
-    if ROOT_MIXINS.get(library_class) is not mixin:
-        ROOT_MIXINS[library_class] = mixin
+    if ROOT_MIXINS.get(key) is not mixin:
+        ROOT_MIXINS[key] = mixin
         _routed_class.cache_clear()
 
 
 def _root_mixins(base: type) -> list[type]:
     names = {f"{ancestor.__module__}.{ancestor.__qualname__}" for ancestor in base.__mro__}
-    return [mixin for name, mixin in ROOT_MIXINS.items() if name in names]
+    return [mixin for key, mixin in ROOT_MIXINS.items() if key in names or hasattr(base, key)]
 
 
 def routed_class(base: Any) -> type[nn.Module]:
