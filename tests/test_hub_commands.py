@@ -23,8 +23,9 @@ import cn_hf
 from cn_hf.cli import app
 from cn_hf.contexts import BrightnessContexts
 from cn_hf.errors import CheckpointError, ConfigError, ContextIdError, DatasetFileError
+from cn_hf.hub.image_files import read_image
 from cn_hf.hub.inspection import inspect_checkpoint
-from cn_hf.hub.prediction import open_images, predict, prediction_lines
+from cn_hf.hub.prediction import predict, prediction_lines
 from cn_hf.hub.preprocessing import input_size_of, label_names_of, to_pixels
 from cn_hf.hub.publish import run_files
 from cn_hf.hub.repository import HubOptions
@@ -86,7 +87,7 @@ def test_a_run_says_what_it_saw_and_how(kind, runs, picture):
     model = cn_hf.from_pretrained(folder / "checkpoint")
     assert input_size_of(model) == tuple(results["data"]["input_size"])
     assert label_names_of(model, 3) == list(CLASSES)
-    (image,) = open_images([picture])
+    image = read_image(picture)
     batch = to_pixels(model, [image])
     assert batch.shape == (1, *results["data"]["input_size"])
     upright = image.transpose(PIL.Image.Transpose.ROTATE_270).resize(batch.shape[:1:-1], PIL.Image.Resampling.BICUBIC)
@@ -100,7 +101,7 @@ def test_a_run_says_what_it_saw_and_how(kind, runs, picture):
 def test_the_librarys_own_preprocessing_is_the_runs(runs, picture):
     model = cn_hf.from_pretrained(runs["timm"] / "checkpoint")
     config = timm.data.resolve_model_data_config(model)
-    image = open_images([picture])[0].convert("RGB")
+    image = read_image(picture).convert("RGB")
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)
@@ -117,7 +118,7 @@ def test_the_librarys_own_preprocessing_is_the_runs(runs, picture):
 @pytest.mark.parametrize("kind", ["timm", "native"])
 def test_predict(kind, runs, picture):
     model = cn_hf.from_pretrained(runs[kind] / "checkpoint")
-    images = open_images([picture, picture])
+    images = [read_image(picture), read_image(picture)]
     found = predict(model, images, contexts=[None, "day", 1], names=["a", "b"], top=2)
     assert [(p.image, p.context) for p in found] == [(n, c) for n in "ab" for c in (None, "day", "night")]
     batch = to_pixels(model, images)
@@ -153,9 +154,9 @@ def test_bad_input(tmp_path):
         inspect_checkpoint(tmp_path)
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DatasetFileError, match=r"text\.png"):
-        open_images([tmp_path / "text.png"])
+        read_image(tmp_path / "text.png")
     with pytest.raises(DatasetFileError, match=r"none\.png"):
-        open_images([tmp_path / "none.png"])
+        read_image(tmp_path / "none.png")
     with pytest.raises(CheckpointError, match="not the folder of a finished run"):
         run_files(tmp_path, "me/model")
     with pytest.raises(CheckpointError, match="my model cannot be pushed to the Hub: the id is not of the form"):

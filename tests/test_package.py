@@ -17,9 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("timm", "transformers", "datasets", "accelerate", "kornia", "matplotlib", "sklearn", "torchvision", "evaluate")
 
 # Floors of the house, lowest first; a unit may import those of the floors below its own. `models` stands alone, and
-# hub and above import it. `devices`, `files`, `processes` and `validation` are leaves beside `errors`; `registration`
-# imports by name what a library that is being imported needs.
-LEAVES = {"devices", "errors", "files", "processes", "registration", "validation"}
+# hub and above import it. `devices`, `files`, `printing`, `processes` and `validation` are leaves beside `errors`;
+# `registration` imports by name what a library that is being imported needs.
+LEAVES = {"devices", "errors", "files", "printing", "processes", "registration", "validation"}
 FLOORS: list[set[str]] = [
     {"norm"},
     {"reading", "patching"},
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": {"errors"},
     "validation": {"errors"},
     "registration": set(),
+    "printing": set(),
     **{unit: set().union(*FLOORS[:floor]) for floor, units in enumerate(FLOORS) for unit in units},
 }
 MAY_IMPORT["models"] = set()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cn_hf.errors import ConfigError
+from cn_hf.errors import ConfigError, DatasetFileError
 
 __all__ = ["inspect", "predict", "push"]
 
+_MOST_NAMED = 100  # files, in an error message
 _Token = Annotated[
     str | None, typer.Option(help="Hub token; else the stored one.", envvar="HF_TOKEN", show_envvar=False)
 ]
@@ -52,7 +55,10 @@ def inspect(
 
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or user/name on the Hub.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders, patterns such as 'photos/**/*.jpg', or @FILE: a list, one a line."),
+    ],
     context: Annotated[
         list[str] | None, typer.Option(help="Context of the images, by name or number; repeatable. Else unknown.")
     ] = None,
@@ -60,24 +66,56 @@ def predict(
         bool, typer.Option("--all-contexts", help="Each context in turn; first none, if the model allows that.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes shown.")] = 5,
+    format: Annotated[
+        str | None, typer.Option(help="csv or jsonl, with full paths; else text to read.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 100_000_000,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     revision: _Revision = None,
     subfolder: _Subfolder = "",
     token: _Token = None,
 ) -> None:
-    """Classify image files: labels with probabilities, with a known context or without."""
+    """Classify image files: labels with probabilities, with a known context or without.
+
+    Files that cannot be read are left out and named at the end; the exit code is then 1.
+    """
     if context and all_contexts:
         raise ConfigError("--context and --all-contexts exclude each other.")
+    if format not in (None, "csv", "jsonl"):
+        raise ConfigError(f"Expected --format csv or jsonl, received {format!r}.")
+    from tqdm import tqdm
+
     from cn_hf.hub import from_pretrained, prediction
+    from cn_hf.hub.image_files import find_images
     from cn_hf.patching.inference import needs_ids
     from cn_hf.patching.routing import router_of
 
-    pictures = prediction.open_images(images)
+    images = find_images(paths)
     model = from_pretrained(checkpoint, revision=revision, subfolder=subfolder, token=token, device=device)
     contexts: list[str | None] = [*context] if context else [None]
     if all_contexts:
         router = router_of(model)
         contexts = [] if needs_ids(router.config, has_source=router.source is not None) else [None]
         contexts += prediction.context_names(model)
-    found = prediction.predict(model, pictures, contexts=contexts, names=[path.name for path in images], top=top)
-    print(prediction.prediction_lines(found))
+    unreadable: list[DatasetFileError] = []
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names need not be text
+        sys.stdout.reconfigure(errors="backslashreplace" if format is None else "surrogateescape")
+    with tqdm(images, unit="image", disable=None if progress else True, leave=False) as bar:
+        found = prediction.predict_files(
+            model,
+            bar,
+            contexts=contexts,
+            top=top,
+            batch_size=batch_size,
+            max_pixels=max_pixels,
+            unreadable=lambda _, error: unreadable.append(error),
+        )
+        for line in prediction.written_as(format, found):
+            sys.stdout.write(line)
+    sys.stdout.flush()
+    if unreadable:
+        shown = "\n".join(f"  {error}" for error in unreadable[:_MOST_NAMED])
+        more = f"\n  and {len(unreadable) - _MOST_NAMED} more" if len(unreadable) > _MOST_NAMED else ""
+        raise DatasetFileError(f"{len(unreadable)} of {len(images)} images were left out:\n{shown}{more}")

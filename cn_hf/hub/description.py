@@ -24,10 +24,13 @@ from cn_hf.patching.router import ContextSourceLike
 from cn_hf.patching.routing import router_of
 
 __all__ = [
+    "CLASSIFICATION",
     "CONFIG_FILE",
+    "EMBEDDING",
     "SOURCE_FOLDER",
     "Description",
     "attach_source",
+    "check_task",
     "context_source_of",
     "described",
     "read_description",
@@ -36,6 +39,11 @@ __all__ = [
 FORMAT = 1  # raised when a release can no longer be read by the ones before
 CONFIG_FILE = "context_norm.json"
 SOURCE_FOLDER = "context_source"
+CLASSIFICATION, EMBEDDING = "image-classification", "image-feature-extraction"
+_TASKS = {
+    CLASSIFICATION: "classifies images",
+    EMBEDDING: "embeds images to compare them (a Siamese network), and knows no classes",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +60,7 @@ class Description:
         context_source_sha256: of its JSON, which has the checksum of its tensors.
         pixel_mean: what was subtracted from pixels in 0..1 before they reach the model, one a channel.
         pixel_std: what they were divided by.
+        task: what the model was trained for, as transformers' pipelines call it; None if nobody said.
     """
 
     config: ContextNormConfig
@@ -63,6 +72,7 @@ class Description:
     context_source_sha256: str | None = None
     pixel_mean: tuple[float, ...] = (0.0,)
     pixel_std: tuple[float, ...] = (1.0,)
+    task: str | None = None
 
     def __post_init__(self) -> None:
         """Check the fields that no other class checks.
@@ -85,6 +95,8 @@ class Description:
                 raise ConfigError(f"weights have {checksum!r} for the checksum of {name}")
         if not self.weights:
             raise ConfigError("weights name no file")
+        if not isinstance(self.task, (str, type(None))):
+            raise ConfigError(f"task is {self.task!r}, which is no text")
 
     def write(self, folder: Path) -> None:
         """Write the file, whole.
@@ -157,6 +169,7 @@ def attach_source(model: nn.Module, folder: Path, description: Description) -> N
         raise CheckpointError(f"{folder} contradicts itself: {error}") from error
     router = router_of(model)
     router.pixel_mean, router.pixel_std = description.pixel_mean, description.pixel_std
+    router.task = description.task
     router.source = cast(ContextSourceLike | None, source)
 
 
@@ -170,6 +183,14 @@ def _source(folder: Path, description: Description) -> ContextSource | None:
         raise CheckpointError(f"{folder / SOURCE_FILE} is of another save than {CONFIG_FILE}. Save it again.")
     check_fits(source, description.config)
     return source
+
+
+def check_task(model: nn.Module, wanted: str) -> None:
+    """Raise ``ConfigError`` if a model's checkpoint says that it was trained for something else than ``wanted``."""
+    task = router_of(model).task
+    if task not in (None, wanted):
+        does = _TASKS.get(str(task), f"is for {str(task)!r}")
+        raise ConfigError(f"Expected a checkpoint that {_TASKS[wanted]}; this one {does}. Give another checkpoint.")
 
 
 def described(values: Mapping[str, Any]) -> str:

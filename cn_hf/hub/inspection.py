@@ -14,12 +14,13 @@ from cn_hf.hub.base_model import build_patched
 from cn_hf.hub.bounds import weights_of
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
 from cn_hf.hub.fitting import check_plan
-from cn_hf.hub.publish import RESULTS
+from cn_hf.hub.publish import RESULTS, SIAMESE, kind_of_run, read_results
 from cn_hf.hub.repository import HubOptions, checkpoint_folder
 from cn_hf.hub.weights import read_header
 from cn_hf.patching import ContextNormConfig, context_parameters, patch_report
 from cn_hf.patching.config import BASELINES, CN_MODES
 from cn_hf.patching.inference import needs_ids
+from cn_hf.printing import for_terminal
 
 __all__ = ["inspect_checkpoint"]
 
@@ -44,21 +45,24 @@ def inspect_checkpoint(id_or_folder: str | os.PathLike[str], options: HubOptions
     )
     description = read_description(folder / CONFIG_FILE)
     parts = [_summary(description, folder), _slots(description, folder), _results(folder)]
-    return "\n\n".join(part for part in parts if part)
+    lines = "\n\n".join(part for part in parts if part).split("\n")
+    return "\n".join(map(for_terminal, lines))  # names of modules and findings are others', too
 
 
 def _summary(description: Description, folder: Path) -> str:
     config = description.config
     count = config.num_contexts
     names = config.context_names or [str(number) for number in range(min(count, 20))]
-    shown = ", ".join(names[:20]) + (f" and {count - 20} more" if count > 20 else "")
+    shown = ", ".join(map(for_terminal, names[:20])) + (f" and {count - 20} more" if count > 20 else "")
     kind = "components" if config.mode == "mn" else "contexts"
-    lines = [f"base: {described(description.base)}", f"mode: {_mode(config, description.context_source)}"]
+    lines = [f"base: {for_terminal(described(description.base))}", f"mode: {_mode(config, description.context_source)}"]
     if config.mode != "bn":
         lines.append(f"{kind}: {count} ({shown})")
     if config.mode not in BASELINES:
         lines.append(f"context source: {_source_type(folder) if description.context_source else 'none'}")
     lines.append(f"pixels: less {_numbers(description.pixel_mean)}, by {_numbers(description.pixel_std)}")
+    if description.task is not None:
+        lines.append(f"task: {description.task}")
     for name in description.weights:
         file = folder / name
         size = f"{file.stat().st_size / 1e6:,.2f} MB" if file.is_file() else "not downloaded"
@@ -111,20 +115,39 @@ def _results(folder: Path) -> str:
     file = next((f for f in (folder / RESULTS, folder.parent / RESULTS) if f.is_file()), None)
     if file is None:
         return ""
+    results = read_results(file)
+    kind = kind_of_run(results)
+    if kind is None:
+        raise CheckpointError(f"{file} is no results file of a run that cn_hf knows. Move it elsewhere.")
     try:
-        results: Mapping[str, Any] = read_json(file)
-        evaluation = results["evaluation"]
-        if not evaluation:
-            return ""
-        lines = [f"results on the {results['evaluated_split']} split:"]
-        width = max(len(row["name"]) for row in evaluation["rows"])
-        for row in evaluation["rows"]:
-            rates = (
-                [f"top-{k} {100 * row['correct'][str(k)] / row['num_samples']:.2f} %" for k in evaluation["top_k"]]
-                if not row.get("unavailable")
-                else ["not available"]
-            )
-            lines.append(f"  {row['name'].ljust(width)}  {', '.join(rates)}")
-        return "\n".join([*lines, *(f"  {text}" for text in evaluation["findings"])])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = _verification(results) if kind == SIAMESE else _protocols(results)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is no results file of cn_hf: {error!r}.") from error
+    return "\n".join([f"run: {kind}", *lines])
+
+
+def _verification(results: Mapping[str, Any]) -> list[str]:
+    name, network = list(results["networks"].items())[-1]
+    lines = [f"pairs of the {results['held_out_split']} split, of the network {name!r}:"]
+    for group, found in network["held_out"].items():
+        area = "" if found["roc_auc"] is None else f", ROC AUC {100 * found['roc_auc']:.2f} %"
+        lines.append(
+            f"  {group}: accuracy {100 * found['correct'] / found['pairs']:.2f} %{area}, {found['pairs']} pairs"
+        )
+    return lines
+
+
+def _protocols(results: Mapping[str, Any]) -> list[str]:
+    evaluation = results["evaluation"]
+    if not evaluation:
+        return []
+    lines = [f"results on the {results.get('evaluated_split', 'test')} split:"]
+    width = max(len(row["name"]) for row in evaluation["rows"])
+    for row in evaluation["rows"]:
+        rates = (
+            [f"top-{k} {100 * row['correct'][str(k)] / row['num_samples']:.2f} %" for k in evaluation["top_k"]]
+            if not row.get("unavailable")
+            else ["not available"]
+        )
+        lines.append(f"  {row['name'].ljust(width)}  {', '.join(rates)}")
+    return [*lines, *(f"  {text}" for text in evaluation["findings"])]

@@ -21,7 +21,7 @@ from cn_hf.errors import CheckpointError, ConfigError, InputTypeError
 from cn_hf.files import read_json
 from cn_hf.patching.inference import per_channel
 from cn_hf.patching.routing import RoutedModel, router_of
-from cn_hf.reading.images import to_array
+from cn_hf.reading.images import to_array, to_image
 
 __all__ = [
     "input_size_of",
@@ -35,6 +35,7 @@ __all__ = [
     "to_pixels",
 ]
 
+_BAND_PIXELS = 1 << 22  # of a large image, worked on at a time
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -171,7 +172,7 @@ def to_pixels(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ConfigError(f"image files have one channel or three, the model takes {channels}.")
-    arrays = [to_array(_upright(image), mode, (height, width)) for image in images]
+    arrays = [to_array(_upright(_shrunk(image, mode, (height, width))), mode, (height, width)) for image in images]
     pixels = torch.stack([torch.from_numpy(array.copy()) for array in arrays]).permute(0, 3, 1, 2).float() / 255
     mean, std = router.pixel_statistics(pixels)
     return (pixels - mean) / std
@@ -246,6 +247,22 @@ def _by_timm(model: nn.Module, images: Sequence[PIL.Image.Image]) -> Tensor:
         raise ConfigError(f"Image files have one channel or three, the model takes {channels}.")
     transform = create_transform(**resolve_data_config({"in_chans": channels}, model=model), is_training=False)
     return torch.stack([transform(_upright(image).convert(mode)) for image in images])
+
+
+def _shrunk(image: PIL.Image.Image, mode: str, size: tuple[int, int]) -> PIL.Image.Image:
+    """A large image in the mode and size, band by band: as resizing it whole would make it, in a part of the memory."""
+    turned = image.getexif().get(0x0112, 1) >= 5  # it lies on its side
+    height, width = reversed(size) if turned else size
+    if image.width * image.height <= _BAND_PIXELS or image.mode in ("I", "F") or image.width < width:
+        return image
+    wide, rows = PIL.Image.new(mode, (width, image.height)), max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        narrow = to_image(to_array(band, mode)).resize((width, band.height), PIL.Image.Resampling.BICUBIC)
+        wide.paste(narrow, (0, top))
+    small = wide.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    small.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+    return small
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported at run time
 
 from cn_hf.errors import CheckpointError
+from cn_hf.files import read_json
 from cn_hf.hub.card import run_card
 from cn_hf.hub.checkpoint import OWN_FILES
 from cn_hf.hub.description import CONFIG_FILE, read_description
@@ -20,7 +20,9 @@ from cn_hf.hub.repository import CARD_FILE, CHECKPOINT, HubOptions, hub_errors, 
 from cn_hf.hub.staging import settled, visible_files
 from cn_hf.hub.weights import check_weights
 
-__all__ = ["RunFiles", "push_run", "run_files"]
+__all__ = ["CLASSIFIER", "DEMO", "SIAMESE", "RunFiles", "kind_of_run", "push_run", "read_results", "run_files"]
+
+CLASSIFIER, SIAMESE, DEMO = "a classifier's run", "a Siamese run", "the demonstration `cn-hf demo`"
 
 RESULTS = "results.json"
 EXTRAS = (
@@ -69,16 +71,40 @@ def run_files(run_folder: Path, repo_id: str) -> RunFiles:
             f"{run_folder} is not the folder of a finished run: {RESULTS} is missing. Finish it with --resume; a "
             "checkpoint without a run is pushed by cn_hf.push_to_hub."
         )
-    try:
-        results: dict[str, Any] = json.loads(results_file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{results_file} cannot be read: {error}") from error
+    results = read_results(results_file)
+    if (kind := kind_of_run(results)) == DEMO:
+        raise CheckpointError(
+            f"{run_folder} is of {kind}, which is a check of the machinery and not published. Its checkpoint can be: "
+            "cn_hf.push_to_hub(cn_hf.from_pretrained(folder), repo_id)."
+        )
     card = str(run_card(results, repo_id))
     description = read_description(checkpoint / CONFIG_FILE)
     check_weights(checkpoint, description.weights)
     files = {name: checkpoint / name for name in visible_files(checkpoint)}  # a killed save leaves hidden ones
     files |= {name: run_folder / name for name in EXTRAS if (run_folder / name).is_file()}
     return RunFiles(files=files, card=card)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Return the content of a ``results.json``.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object of JSON.
+    """
+    try:
+        results = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(results, dict):
+        raise CheckpointError(f"{file} is no results file of cn_hf: it is no object. Finish the run again.")
+    return results
+
+
+def kind_of_run(results: Mapping[str, Any]) -> str | None:
+    """Say in words which kind of run wrote these results; None for those of no kind that cn_hf knows."""
+    if "networks" in results:
+        return SIAMESE if "held_out_split" in results else DEMO if "reloaded" in results else None
+    return CLASSIFIER if "evaluation" in results else None
 
 
 def push_run(

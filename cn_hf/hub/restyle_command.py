@@ -24,6 +24,7 @@ def restyle(
     slot: Annotated[str | None, typer.Option(help="Slot whose statistics are used, of several on the input.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; else a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 100_000_000,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Turn day into night: give images the statistics of another context, as a model learned them.
@@ -41,6 +42,7 @@ def restyle(
         slot=slot,
         device=device,
         overwrite=overwrite,
+        max_pixels=max_pixels,
         progress=progress,
     )
     print(f"{len(written)} image{'' if len(written) == 1 else 's'} written to {output}")

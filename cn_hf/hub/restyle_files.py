@@ -6,10 +6,11 @@ All names are checked before the first file is written.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 import PIL.ImageOps
@@ -19,14 +20,16 @@ from tqdm import tqdm
 from cn_hf.errors import CheckpointError, CnHfError, ConfigError, DatasetFileError, InputTypeError, nearest
 from cn_hf.files import written_whole
 from cn_hf.hub.checkpoint import from_pretrained
+from cn_hf.hub.image_files import MAX_PIXELS, check_still_image, read_image
 from cn_hf.norm.ids import ContextIds
+from cn_hf.patching.pictures import Picture
 from cn_hf.patching.restyle import input_norm, restyle
 from cn_hf.patching.routing import router_of
+from cn_hf.printing import for_terminal
 
 __all__ = ["restyle_files"]
 
-# Files that are held in memory at once.
-_CHUNK = 16
+_BAND_PIXELS = 1 << 22  # of a large picture, worked on at a time
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
@@ -35,8 +38,9 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 95},
 }
 """Formats that keep the orientation, and how they are written."""
+_LAYOUT_TAGS = {254, *range(256, 263), 273, *range(277, 280), 284, 317, 320, *range(322, 326), 338, 339, 530, 531, 532}
+"""EXIF tags of a TIFF file that say how its pixels lie in it."""
 _WITHOUT_ALPHA = ("JPEG", "BMP", "PPM")
-_READ_ERRORS = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
 
 def restyle_files(
@@ -49,6 +53,7 @@ def restyle_files(
     slot: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: bool = False,
 ) -> list[Path]:
     """Restyle image files and write the results.
@@ -64,6 +69,7 @@ def restyle_files(
         slot: See ``cn_hf.restyle``.
         device: Where pixels are worked on; None: a GPU if there is one.
         overwrite: Replace files that are there.
+        max_pixels: Images of more are refused.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -77,9 +83,9 @@ def restyle_files(
         PatchError: The model has no CN-Channels on its input.
     """
     paths = [Path(image) for image in images]
-    outputs = _output_paths(paths, Path(output), overwrite)
     for path in paths:
-        _check_readable(path)
+        check_still_image(path, max_pixels)
+    outputs = _output_paths(paths, Path(output), overwrite)
     loaded = from_pretrained(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     input_norm(loaded, slot)
     router = router_of(loaded)
@@ -91,14 +97,14 @@ def restyle_files(
     if known is None and not getattr(router.source, "can_predict", False) and len(names) == 2:
         known = 1 - int(router.resolve(ids[target], 1, torch.device("cpu")))
     with tqdm(total=len(paths), unit="image", disable=None if progress else True, leave=False) as bar:
-        for start in range(0, len(paths), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(paths)))
-            pictures = [_read(paths[place]) for place in chunk]
-            for place, picture in zip(
-                chunk, _restyled(loaded, pictures, paths, chunk, known, ids[target], slot), strict=True
-            ):
-                _write(picture, outputs[place])
-                bar.update()
+        for path, place in zip(paths, outputs, strict=True):
+            try:
+                restyled = _restyled(loaded, read_image(path, max_pixels), known, ids[target], slot)
+            except InputTypeError as error:
+                raise DatasetFileError(f"{for_terminal(path)}: {error}") from error
+            _write(restyled, place)
+            del restyled
+            bar.update()
     return outputs
 
 
@@ -130,55 +136,30 @@ def _output_paths(paths: Sequence[Path], output: Path, overwrite: bool) -> list[
     return outputs
 
 
-def _check_readable(path: Path) -> None:
-    """That a file is an image of one frame, by its header.
-
-    Raises:
-        DatasetFileError: It is not.
-    """
-    if path.is_dir():
-        raise DatasetFileError(f"{path} is a folder; name its images, e.g. {path}/*.jpg")
-    if not path.is_file():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DatasetFileError(f"no file {path}" + (f"; {nearest(path.name, beside)}" if 0 < len(beside) <= 50 else ""))
-    try:
-        with PIL.Image.open(path) as picture:
-            frames, kind = getattr(picture, "n_frames", 1), picture.format
-    except _READ_ERRORS as error:
-        raise DatasetFileError(f"{path} cannot be read as an image: {error}") from error
-    if frames > 1 and kind != "MPO":  # of which phones write one photograph and previews of it
-        raise DatasetFileError(f"{path} holds {frames} frames; take them apart first, or give a still image")
-
-
-def _read(path: Path) -> PIL.Image.Image:
-    try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
-            picture.getexif()  # of some formats it needs the open file
-            loaded: PIL.Image.Image = picture
-            return loaded
-    except _READ_ERRORS as error:
-        raise DatasetFileError(f"{path} cannot be read as an image: {error}") from error
-
-
 def _restyled(
     model: torch.nn.Module,
-    pictures: list[PIL.Image.Image],
-    paths: Sequence[Path],
-    chunk: range,
+    picture: PIL.Image.Image,
     source: ContextIds | None,
     target: ContextIds,
     slot: str | None,
-) -> list[PIL.Image.Image]:
-    try:
-        return restyle(model, pictures, source, target, slot=slot)
-    except InputTypeError:
-        for place, picture in zip(chunk, pictures, strict=True):  # to name the file it is about
-            try:
-                restyle(model, picture, source, target, slot=slot)
-            except InputTypeError as error:
-                raise DatasetFileError(f"{paths[place]}: {error}") from error
-        raise
+) -> PIL.Image.Image:
+    """A large picture band by band, as the whole of it would become, in a part of the memory."""
+    if picture.width * picture.height <= _BAND_PIXELS or picture.mode.startswith(("I", "F")):
+        return restyle(model, picture, source, target, slot=slot)
+    if source is None:  # of the whole, by a smaller one: context sources look at small images
+        side = math.isqrt(picture.width * picture.height // _BAND_PIXELS) + 1
+        small = Picture.of(picture.reduce(side), input_norm(model, slot).num_features).pixels[None]
+        source = router_of(model).predicted_ids(small.to(next(iter(model.parameters())).device))
+    rows = max(1, _BAND_PIXELS // picture.width)
+    result: PIL.Image.Image | None = None
+    for top in range(0, picture.height, rows):
+        box = (0, top, picture.width, min(top + rows, picture.height))
+        band = restyle(model, picture.crop(box), source, target, slot=slot)
+        if result is None:
+            result = picture if band.mode == picture.mode else PIL.Image.new(band.mode, picture.size)
+            result.info = band.info
+        result.paste(band, box)
+    return cast(PIL.Image.Image, result)
 
 
 def _write(picture: PIL.Image.Image, path: Path) -> None:
@@ -190,7 +171,11 @@ def _write(picture: PIL.Image.Image, path: Path) -> None:
         raise ConfigError(f"{path.name!r} cannot hold the image's alpha; give a name that ends in .png, .webp or .tif")
     kept: dict[str, Any] = {name: picture.info[name] for name in ("icc_profile", "dpi") if name in picture.info}
     if keeps_orientation and "exif" in picture.info:
-        kept["exif"] = picture.info["exif"]
+        exif = PIL.Image.Exif()
+        exif.load(picture.info["exif"])
+        for tag in _LAYOUT_TAGS & {*exif}:
+            del exif[tag]
+        kept["exif"] = exif
     try:
         with written_whole(path) as temporary:
             picture.save(temporary, format=kind, **kept, **_SAVE_OPTIONS.get(kind, {}))

@@ -76,4 +76,5 @@ def write_description(
         context_source_sha256=None if source is None else sha256_of(path / SOURCE_FOLDER / SOURCE_FILE),
         pixel_mean=router.pixel_mean,
         pixel_std=router.pixel_std,
+        task=router.task,
     ).write(path)

@@ -50,11 +50,14 @@ class ContextRouter:
         source: a context source for ``"predict"``, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
         pixel_std: standard deviation they were divided by.
+        task: what the model was trained for, as its checkpoint says; None if nobody said.
         lock: held by the thread whose call is running.
         observer: normalises in the slots' place while their inputs are measured, or None.
         moments: of the real inputs of each context, by the slot's name, where they were measured.
         inputs: names of the modules whose input is normalised.
     """
+
+    task: str | None = None  # here: routers that were pickled before have none
 
     def __init__(self, config: ContextNormConfig) -> None:
         self.config = config
@@ -178,6 +181,7 @@ class ContextRouter:
         copied = ContextRouter(self.config)
         copied.moments, copied.inputs = copy.deepcopy(self.moments), self.inputs
         copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
+        copied.task = self.task
         if root is not None:
             copied.root = weakref.ref(memo[id(root)])
         memo[id(self)] = copied

@@ -18,7 +18,9 @@ from cn_hf.errors import CheckpointError
 from cn_hf.evaluation import markdown_table, plot_training_curves, run_environment, write_results
 from cn_hf.evaluation.plots import COLORS, new_figure, quiet_axes, save_figure
 from cn_hf.files import write_whole
+from cn_hf.hub.description import EMBEDDING
 from cn_hf.patching.restyle import restyle
+from cn_hf.patching.routing import RoutedModel, router_of
 from cn_hf.recipes.classifier.results import network_facts, portable_config, save_network
 from cn_hf.recipes.siamese.contact_sheet import write_contact_sheet
 from cn_hf.recipes.siamese.networks import SiameseNetwork, SiameseRun, has_input_contexts
@@ -44,6 +46,8 @@ def write_siamese_run(run: SiameseRun, folder: Path) -> None:
         ConfigError: The network could not be built again from its description.
     """
     main = list(run.networks.values())[-1]
+    if isinstance(main.model, RoutedModel):
+        router_of(main.model).task = EMBEDDING
     save_network(main.model, folder / CHECKPOINT, main.config, run.data.prepared, main.config.embedding_dim)
     try:
         curves = {name: network.history.to_dict()["epochs"] for name, network in run.networks.items()}
