@@ -1,8 +1,7 @@
-"""AdaMatch term by term against numpy, its batches, RandAugment, and domain-specific batch norm."""
+"""AdaMatch term by term against numpy, its batches, and RandAugment."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -12,9 +11,7 @@ from accelerate import Accelerator
 from adamatch_runs import CLASSES, CONFIG, batches
 from torch import Tensor, nn
 
-import cn_hf
-from cn_hf.errors import ConfigError, ContextIdError, InputShapeError, TrainingError
-from cn_hf.norm import DomainBatchNorm
+from cn_hf.errors import ConfigError, InputShapeError, TrainingError
 from cn_hf.recipes.adamatch.config import AdaMatchConfig
 from cn_hf.recipes.adamatch.data import ImageStandardization, TwoViewBatches
 from cn_hf.recipes.adamatch.neighbours import Neighbours
@@ -317,102 +314,6 @@ def test_randaugment_takes_gray_images_and_refuses_nonsense() -> None:
         RandAugment(-1)
     with pytest.raises(InputShapeError, match=r"images must be \(N, C, H, W\); got \(3, 8\)"):
         RandAugment()(torch.rand(3, 8), seed=1)
-
-
-# --------------------------------------------------------------------------------- domain-specific batch normalization
-
-
-@pytest.mark.parametrize("feature_dim", [1, -1])
-@pytest.mark.parametrize("shape", [(7, 3, 4, 5), (7, 3, 1, 1), (7, 3)])
-def test_domain_batch_norm_is_one_batch_norm_for_each_context(shape: tuple[int, ...], feature_dim: int) -> None:
-    x = torch.randn(shape, dtype=torch.float64).movedim(1, feature_dim).requires_grad_()
-    ids = torch.tensor([2, 0, 0, 2, 0, 2, 2])
-    norm = DomainBatchNorm(3, 3, feature_dim=feature_dim, dtype=torch.float64)
-    singles = [nn.BatchNorm1d(3).double() for _ in range(3)]
-    with torch.no_grad():
-        for context, single in enumerate(singles):
-            for name in ("weight", "bias"):
-                getattr(norm, name)[context] = torch.randn(3)
-                getattr(single, name).copy_(getattr(norm, name)[context])
-    upstream = torch.randn_like(x)
-
-    def expected(training: bool) -> Tensor:
-        moved, out = x.movedim(feature_dim, 1), torch.zeros_like(x.movedim(feature_dim, 1))
-        for context in (0, 2):
-            rows = ids == context
-            flat = moved[rows].flatten(2) if moved.ndim > 2 else moved[rows]
-            out[rows] = singles[context].train(training)(flat).view(moved[rows].shape)
-        return out.movedim(1, feature_dim)
-
-    for training in (True, False):
-        out, want = norm.train(training)(x, ids), expected(training)
-        torch.testing.assert_close(out, want)
-        leaves = [x, norm.weight, norm.bias]
-        got = torch.autograd.grad(out, leaves, upstream)
-        theirs = torch.autograd.grad(want, [x, *(singles[c].weight for c in (0, 2))], upstream)
-        torch.testing.assert_close(got[0], theirs[0])
-        torch.testing.assert_close(got[1][[0, 2]], torch.stack(theirs[1:]))
-        assert float(got[1][1].abs().max()) == 0
-    for context, single in enumerate(singles):
-        torch.testing.assert_close(norm.running_mean[context], single.running_mean)
-        torch.testing.assert_close(norm.running_var[context], single.running_var)
-    assert norm.num_batches_tracked.tolist() == [1, 0, 1]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_domain_batch_norm_keeps_the_layout(training: bool) -> None:
-    x, ids = torch.randn(5, 3, 4, 6), torch.tensor([0, 1, 1, 0, 1])
-    norm = DomainBatchNorm(3, 2).train(training)
-    last = x.to(memory_format=torch.channels_last)
-    assert norm(x, ids).is_contiguous()
-    assert norm(last, ids).is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(norm(last, ids), norm(x, ids))
-    of_tokens = DomainBatchNorm(3, 2, feature_dim=-1).train(training)
-    for maps in (x, last):
-        assert of_tokens(maps.movedim(1, -1), ids).stride() == maps.movedim(1, -1).stride()
-
-
-def test_domain_batch_norm_in_a_model() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-    model(torch.randn(8, 3, 8, 8))
-    model.eval()
-    x, plain = torch.randn(5, 3, 8, 8), copy.deepcopy(model)
-    patched = cn_hf.patch_model(model, mode="dsbn", context_names=["day", "night"])
-    assert [slot.new_class for slot in cn_hf.patch_report(patched)] == ["ContextBatchNorm2d"]
-    ids = torch.tensor([0, 1, 1, 0, 1])
-    torch.testing.assert_close(patched(x, context_ids=ids), plain(x), atol=1e-6, rtol=1e-5)
-    patched.train()(x, context_ids=ids)
-    patched.eval()
-    copied = copy.deepcopy(patched)
-    copied.load_state_dict(patched.state_dict())
-    for context in ("day", "night"):
-        assert torch.equal(copied(x, context_ids=context), patched(x, context_ids=context))
-    assert not torch.allclose(patched(x, context_ids="day"), patched(x, context_ids="night"))
-    assert cn_hf.set_inference(copied, "average")(x).shape == (5, 2)
-    torch.testing.assert_close(cn_hf.unpatch_model(patched)(x), plain(x))
-    patched = cn_hf.patch_model(plain, mode="dsbn", num_contexts=2)
-    with pytest.raises(ContextIdError, match="needs the context of each sample, received none"):
-        patched(x)
-    with pytest.raises(ContextIdError, match="received weights of several"):
-        patched(x, context_ids=torch.full((5, 2), 0.5))
-    with pytest.raises(ContextIdError, match="Training needs context_ids"):
-        patched.train()(x)
-
-
-def test_domain_batch_norm_of_nothing_and_of_half() -> None:
-    norm = DomainBatchNorm(3, 2)
-    assert norm.eval()(torch.randn(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 4, 4)
-    assert norm.train()(torch.randn(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 4, 4)
-    x = torch.randn(6, 3, 4, 4).bfloat16()
-    for training in (True, False):
-        assert norm.train(training)(x, torch.tensor([0, 1, 0, 1, 1, 0])).dtype == torch.bfloat16
-    with pytest.raises(InputShapeError, match=r"more than one vector of a context .* one of \[1\]"):
-        norm.train()(torch.randn(3, 3), torch.tensor([0, 0, 1]))
-    assert norm.num_batches_tracked.tolist() == [1, 1], "as before"
-    with pytest.raises(ConfigError, match="num_contexts must be at least 1"):
-        DomainBatchNorm(3, 0)
-    with pytest.raises(ConfigError, match="momentum must be a number"):
-        DomainBatchNorm(3, 2, momentum=0)
 
 
 def test_a_step_too_large_is_told_in_images_and_without_parts() -> None:

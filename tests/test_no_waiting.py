@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 
 import cn_hf
 from cn_hf import MixtureNorm
+from cn_hf.norm import DomainBatchNorm
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item", "aten::equal"}
 
@@ -140,6 +141,18 @@ def test_mn_trains_without_reading_a_value() -> None:
         norm(x).sum().backward()
     assert len(seen.names) > 20
     assert not WAITING & set(seen.names)
+
+
+def test_domain_batch_norm_trains_without_reading_a_value(fake: FakeTensorMode) -> None:
+    norm = DomainBatchNorm(4, 3)
+    ids = torch.tensor([0, 2, 2, 0])
+    with Devices() as seen:
+        norm.normalize(torch.randn(4, 4, 5, 5, requires_grad=True), ids).sum().backward()
+    assert not WAITING & set(seen.names)
+    to_fake_gpu(norm, fake)
+    with fake, Devices() as seen:
+        norm(torch.randn(4, 4, 5, 5, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda"))
+    assert not seen.on_cpu
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cn_hf
 import cn_hf.models  # registers the ConvNet with timm
-from cn_hf.norm import FeatureBatchNorm, MixtureNorm
+from cn_hf.norm import DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.synchronized import synchronized_batch_norm
 from cn_hf.patching.synchronize import synchronize_batch_norms
 
@@ -170,6 +170,19 @@ def run_norms(rank: int | None) -> dict[str, Any]:
         if rank is not None:
             evaluated.pop("untracked")  # in evaluation each process normalises by its own part, as torch's does
     return {"outs": outs, "grads": grads, "state": dict(state), "evaluated": evaluated}
+
+
+def run_domain_norm(rank: int | None) -> dict[str, Any]:
+    """Contexts that one process has none of, one vector of, or that neither has; a part without samples."""
+    outs, ids = [], torch.tensor([0, 0, 2, 0, 2, 2, 1, 1, 1, 0])
+    norm = DomainBatchNorm(3, 4, dtype=torch.float64)
+    for seed, parameter in enumerate(norm.parameters()):
+        parameter.data.copy_(random(*parameter.shape, seed=seed))
+    for step, cut in enumerate((6, 10, 0, 7)):
+        x = part_of(random(10, 3, 4, seed=60 + step) * 2 + 9, cut, rank).clone().requires_grad_()
+        out = norm(x, part_of(ids, cut, rank))
+        outs.append((out.detach(), *torch.autograd.grad(out.sin().sum(), [x, *norm.parameters()])))
+    return {"steps": outs, "state": {name: value.clone() for name, value in norm.state_dict().items()}}
 
 
 def smooth_net(*norms: nn.Module) -> nn.Module:
@@ -328,6 +341,7 @@ def collect(rank: int | None) -> dict[str, Any]:
             for dtype in (torch.float32, torch.float64):
                 result["function"][layout, name, dtype] = call_the_function(rank, shape, feature_dim, cut, dtype)
     result["norms"] = run_norms(rank)
+    result["domain"] = run_domain_norm(rank)
     for name, network in NETWORKS.items():
         result["networks"][name] = train(rank, *network)
     result["compiled"] = train_compiled(rank)
@@ -390,6 +404,19 @@ def test_one_vector_in_all_is_the_error_of_torch(results: Results) -> None:
             assert torch.equal(running, torch.full((3,), 7.0))
     both = torch.cat([result["edges"]["two vectors"] for result in results[:2]])
     same(both, torch.tensor([[-1.0] * 3, [1.0] * 3]), 1e-6)
+
+
+def test_domain_batch_norm_takes_the_statistics_of_all(results: Results) -> None:
+    first, second, whole = (result["domain"] for result in results)
+    for mine, theirs, expected in zip(first["steps"], second["steps"], whole["steps"], strict=True):
+        for part in range(2):  # output, gradient of the input
+            same(torch.cat([mine[part], theirs[part]]), expected[part], 1e-10)
+        for a, b, sums in zip(mine[2:], theirs[2:], expected[2:], strict=True):
+            same(a + b, sums, 1e-10)
+    for name, value in whole["state"].items():
+        same(first["state"][name], value, 1e-10)
+        assert torch.equal(first["state"][name], second["state"][name])
+    assert whole["state"]["num_batches_tracked"].tolist() == [4, 4, 4, 0]
 
 
 def test_nothing_in_all_changes_nothing(results: Results) -> None:

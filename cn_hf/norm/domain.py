@@ -11,17 +11,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import ContextIdError, InputShapeError
 from cn_hf.norm.choices import check_integer, check_number
-from cn_hf.norm.em import statistics_dtype
-from cn_hf.norm.formulas import along
-from cn_hf.norm.functional import context_rows
+from cn_hf.norm.em import SumOverProcesses, full_precision, statistics_dtype
+from cn_hf.norm.functional import context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds
 from cn_hf.norm.layers import FeatureNorm, checked_ids
-from cn_hf.norm.synchronized import recomputing, several_processes, synchronized_batch_norm
+from cn_hf.norm.synchronized import recomputing, several_processes
 
 __all__ = ["DomainBatchNorm"]
 
@@ -120,16 +118,13 @@ class DomainBatchNorm(FeatureNorm):
                 f"Domain-specific batch norm needs the context of each sample, received {received}: pass "
                 'context_ids, or set_inference(model, "average") to try all contexts.'
             )
-        own_weight, own_bias = self._affine(weight, bias)
-        if self.training:
-            return self._by_batch(x, ids.expand(x.shape[0]) if len(ids) == 1 else ids, own_weight, own_bias)
-        wide = statistics_dtype(x, self.running_mean)
-        scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
-        scale = scale if own_weight is None else scale * own_weight
-        offset = -self.running_mean.to(wide) * scale
-        offset = offset if own_bias is None else offset + own_bias
-        offset, scale = (along(context_rows(table, ids), x, self.feature_dim) for table in (offset, scale))
-        return torch.addcmul(offset, x.to(wide), scale).to(x.dtype)
+        mean, var = self._batch_statistics(x, ids) if self.training else (self.running_mean, self.running_var)
+        dtype = statistics_dtype(x, mean)
+        center, spread = (context_rows(table.to(dtype), ids) for table in (mean, var))
+        scale, offset = (
+            None if table is None else context_rows(table.to(dtype), ids) for table in self._affine(weight, bias)
+        )
+        return normalize_rows(x, center, spread, eps=self.eps, feature_dim=self.feature_dim, weight=scale, bias=offset)
 
     def _affine(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Scale and offset ``(T, C)`` of both maps, one after the other."""
@@ -145,43 +140,68 @@ class DomainBatchNorm(FeatureNorm):
             own_weight, own_bias = own_weight * weight, own_bias * weight
         return own_weight, own_bias if bias is None else own_bias + bias
 
-    def _by_batch(self, x: Tensor, ids: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """By the statistics of each context's samples; contexts without any are passed over."""
-        together = several_processes()  # then every process takes part in every context's statistics
-        positions = x.numel() // max(1, len(x) * self.num_features)
-        rows = [(ids == context).nonzero().flatten() for context in range(self.num_contexts)]
-        if not together and (alone := [context for context, mine in enumerate(rows) if len(mine) * positions == 1]):
-            raise InputShapeError(
-                f"Expected more than one vector of a context in a training batch, received one of {alone} "
-                f"(shape {tuple(x.shape)}): it has no variance. Use larger or balanced batches."
-            )
-        # ``index_select`` makes its result contiguous: for the layout to stay, features stand where they do in memory.
-        stored = next((dim for dim in (1, -1) if x.movedim(self.feature_dim, dim).is_contiguous()), self.feature_dim)
-        x = x.movedim(self.feature_dim, stored)
-        parts = []
-        for context, mine in enumerate(rows):
-            if len(mine) == 0 and not together:
-                continue
-            running = self._running(context)
-            affine = (None if weight is None else weight[context], None if bias is None else bias[context])
-            options: dict[str, Any] = {"momentum": self.momentum, "eps": self.eps}
-            part = x.index_select(0, mine)
-            if together:
-                parts.append(synchronized_batch_norm(part, *running, *affine, feature_dim=stored, **options))
-            else:
-                moved = part.movedim(stored, 1)
-                done = F.batch_norm(moved, *running, *affine, training=True, **options)
-                parts.append(done.movedim(1, stored))
-        out = torch.cat(parts).index_select(0, torch.cat(rows).argsort()) if parts else x
-        return out.movedim(stored, self.feature_dim)
+    def _batch_statistics(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance ``(T, C)`` of each context's part of the batch; the running ones move.
 
-    def _running(self, context: int) -> tuple[Tensor | None, Tensor | None]:
-        """The running statistics that this forward is to move; None where it is to move none."""
-        if not self.track_running_stats or recomputing():
-            return None, None
-        self.num_batches_tracked[context] += 1
-        return self.running_mean[context], self.running_var[context]
+        Nothing depends on which contexts are there, or on their counts, but values: no size, and no tensor that is
+        saved for backward. A context that is absent gets mean and variance 0, which no sample asks for.
+        """
+        ids = ids.expand(x.shape[0])  # one id for all samples, or one each
+        with full_precision(x.device):
+            wide = x.to(statistics_dtype(x))
+            positions = [dim for dim in range(1, x.dim()) if dim != self.feature_dim % x.dim()]
+            if x.numel() == 0:  # takes part all the same: other processes wait for its part of the sums
+                sample_mean = sample_var = wide.sum(positions)
+            elif positions:
+                sample_var, sample_mean = torch.var_mean(wide, positions, correction=0)
+            else:
+                sample_var, sample_mean = torch.zeros_like(wide), wide
+            of_context = ids[:, None] == torch.arange(self.num_contexts, device=ids.device)
+            weight = of_context.to(wide.dtype) * (x.numel() / max(1, x.shape[0] * self.num_features))
+            together = several_processes()
+            count, total = _summed(together, weight.sum(dim=0), weight.T @ sample_mean)
+            self._check_counts(x, count)
+            divisor = count.clamp_min(1)[:, None]
+            mean = total / divisor
+            deviation = sample_var + (sample_mean - context_rows(mean, ids)).square()
+            (squares,) = _summed(together, weight.T @ deviation)
+            var = squares / divisor
+            self._track(count, mean, var)
+            return mean, var
+
+    def _check_counts(self, x: Tensor, count: Tensor) -> None:
+        """Raise ``InputShapeError`` for a context with one vector; compiled graphs do not check values."""
+        if torch.compiler.is_compiling() or x.is_meta or x.numel() > len(x) * self.num_features:
+            return  # each sample has several
+        valid = (count != 1).all()
+        if x.device.type != "cpu":
+            torch._assert_async(valid)
+        elif not valid:
+            raise InputShapeError(
+                f"Expected more than one vector of a context in a training batch, received one of "
+                f"{(count == 1).nonzero().flatten().tolist()} (shape {tuple(x.shape)}): it has no variance. Use larger "
+                "or balanced batches."
+            )
+
+    @torch.no_grad()
+    def _track(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        if not self.track_running_stats or (not torch.compiler.is_compiling() and recomputing()):
+            return
+        present = count > 0
+        unbiased = var * (count / (count - 1).clamp_min(1))[:, None]
+        for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+            moved = running.to(value.dtype).lerp(value, self.momentum)
+            running.copy_(torch.where(present[:, None], moved, running))
+        self.num_batches_tracked.add_(present)
 
     def extra_repr(self) -> str:
         """The options shown by ``print(model)``."""
         return f"{self.num_features}, num_contexts={self.num_contexts}, feature_dim={self.feature_dim}"
+
+
+def _summed(together: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, summed over all processes if asked, also in backward."""
+    if not together:
+        return tensors
+    summed: tuple[Tensor, ...] = SumOverProcesses.apply(*tensors)
+    return summed
