@@ -5,11 +5,15 @@ Shape legend: ``N`` samples, ``L`` positions of a sample, ``C`` features, ``K`` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cn_hf.norm import kernels, native
+from cn_hf.norm import native
+from cn_hf.norm.agreement import EXAMPLES, Pairs, trusted, waves
+from cn_hf.norm.combination import combine_in_pieces
 from cn_hf.norm.em import Densities
 from cn_hf.norm.layout import stored
 
@@ -32,15 +36,30 @@ def combine(
     What torch would broadcast or refuse is left to torch, and so is all while a dispatch mode wants to see operators.
     """
     rows = [row for row in (weight, bias) if row is not None]
-    samples, features, components = x.shape[0], x.shape[feature_dim], len(densities.constant)
+    features, components = x.shape[feature_dim], len(densities.constant)
     if (
-        not kernels.fused("cpu", x.dtype)
+        x.device.type != "cpu"
+        or not trusted("combine", x.device, x.dtype)
         or any(tensor.device.type != "cpu" or tensor.is_neg() for tensor in (x, factor, *densities, *statistics, *rows))
         or any(row.shape != (features,) for row in (densities.shift, *rows))
         or any(table.shape != (components, features) for table in statistics)
         or is_in_torch_dispatch_mode()
     ):
         return None
+    return _combine(x, densities, factor, statistics, eps, feature_dim, weight, bias)
+
+
+def _combine(
+    x: Tensor,
+    densities: Densities,
+    factor: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    eps: float,
+    feature_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    samples, features, components = x.shape[0], x.shape[feature_dim], len(densities.constant)
     x, in_rows = stored(x, feature_dim)
     scale = (-2 * densities.squared).sqrt()
     offset = torch.where(scale > 0, densities.linear / scale, 0)  # none of an infinite variance
@@ -67,3 +86,19 @@ def combine(
     sizes, work = (samples, features, components, positions), samples * positions * max(features, components)
     native.call("combine", x.dtype, out, x, native.Components.of(**held), *sizes, int(in_rows), work=work)
     return out
+
+
+def _examples(module: Any, kernel: str, device: torch.device, dtype: torch.dtype) -> Pairs:
+    """Of maps and of tokens, with and without an affine map."""
+    for shape, feature_dim in (((2, 7, 67), 1), ((3, 67, 19), -1)):
+        x, features = waves(shape, 0.37, device).to(dtype), shape[feature_dim]
+        mean, var = waves((3, features), 0.9, device), waves((3, features), 0.7, device)
+        shift = mean.mean(dim=0).float().double()
+        rows = [waves((features,), rate, device) if feature_dim == 1 else None for rate in (0.5, 0.3)]
+        densities, factor = Densities.of(mean, var + 1e-5, shift=shift), mean.new_ones(())
+        found = _combine(x, densities, factor, (mean - shift, var), 1e-5, feature_dim, *rows)
+        options: dict[str, Any] = {"eps": 1e-5, "feature_dim": feature_dim, "weight": rows[0], "bias": rows[1]}
+        yield found, combine_in_pieces(x.double(), densities, factor, (mean - shift, var), **options)
+
+
+EXAMPLES["combine"] = _examples

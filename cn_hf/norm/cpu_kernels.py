@@ -1,7 +1,6 @@
 """The operators on a CPU: calls of the compiled kernels, one pass over ``x`` each, for what ``formulas`` computes.
 
-Every function returns None for what the kernels do not know: nothing to compute, or features neither innermost nor with
-a sample's positions right behind them.
+Inputs are not empty, and features lie innermost or with a sample's positions right behind them.
 
 Shape legend: as in ``formulas``; ``L`` positions of a sample.
 """
@@ -13,31 +12,28 @@ from torch import Tensor
 
 from cn_hf.norm import native
 from cn_hf.norm.formulas import Gradients
-from cn_hf.norm.layout import lies_in_rows
+from cn_hf.norm.layout import in_rows
+from cn_hf.norm.native import DTYPES, agreed, versions
 
-__all__ = ["norm_shift_scale", "norm_shift_scale_backward", "shift_scale", "shift_scale_backward"]
+__all__ = [
+    "DTYPES",
+    "agreed",
+    "norm_shift_scale",
+    "norm_shift_scale_backward",
+    "shift_scale",
+    "shift_scale_backward",
+    "versions",
+]
 
 _FEWEST_POSITIONS, _MOST_SEGMENTS = 64, 64
 
 
-def _layout(x: Tensor, feature_dim: int) -> tuple[str, int] | None:
-    """Which kernels know how ``x`` lies in memory, and its positions ``L``."""
-    in_rows = lies_in_rows(x, feature_dim)
-    if in_rows is None:
-        return None
-    positions = x.numel() // max(1, x.shape[0] * x.shape[feature_dim])
-    return "rows" if in_rows and positions > 1 else "vectors", positions
-
-
-def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor | None:
+def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:
     """See ``formulas``."""
-    layout = _layout(x, feature_dim)
-    if layout is None or x.numel() == 0:
-        return None
-    kind, positions = layout
     out, rows = torch.empty_like(x), native.Coefficients.of(center, scale, offset)
     samples, features = x.shape[0], x.shape[feature_dim]
-    if kind == "rows":
+    positions = x.numel() // (samples * features)
+    if in_rows(x, feature_dim):
         native.call("rows_forward", x.dtype, out, x, rows, samples, features, positions)
     else:
         native.call("vectors_forward", x.dtype, out, None, None, x, rows, samples, positions, features, 0.0, 0)
@@ -46,17 +42,14 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
 
 def shift_scale_backward(
     grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
-) -> Gradients | None:
+) -> Gradients:
     """See ``formulas``."""
-    layout = _layout(x, feature_dim)
-    if layout is None or x.numel() == 0:
-        return None
-    kind, positions = layout
     grad, rows = _like(grad, x), native.Coefficients.of(center, scale)
     samples, features = x.shape[0], x.shape[feature_dim]
+    positions = x.numel() // (samples * features)
     grad_x = torch.empty_like(x) if need_x else None
-    if kind == "rows":
-        sums, dots = (center.new_empty(samples, features) for _ in range(2))
+    if in_rows(x, feature_dim):
+        sums, dots = center.new_empty(samples, features), center.new_empty(samples, features)
         native.call("rows_backward", x.dtype, grad_x, sums, dots, grad, x, rows, samples, features, positions)
     else:
         segments = _segments(samples, positions)
@@ -71,10 +64,8 @@ def shift_scale_backward(
 
 def norm_shift_scale(
     x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, eps: float, centered: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``formulas``."""
-    if x.numel() == 0:
-        return None
     x = x.contiguous()
     samples, features = x.shape[0], x.shape[-1]
     out, rstd = torch.empty_like(x), center.new_empty(x.shape[:-1])
@@ -88,10 +79,8 @@ def norm_shift_scale(
 
 def norm_shift_scale_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, center: Tensor, scale: Tensor, need_x: bool, centered: bool
-) -> Gradients | None:
+) -> Gradients:
     """See ``formulas``."""
-    if x.numel() == 0:
-        return None
     x = x.contiguous()
     grad, rows = _like(grad, x), native.Coefficients.of(center, scale)
     samples, features = x.shape[0], x.shape[-1]

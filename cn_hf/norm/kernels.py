@@ -8,6 +8,7 @@
 Each has a ``_backward``. They are registered with ``torch.library``, so that autograd, autocast, ``torch.compile`` and
 fake tensors know them. A CUDA device runs ``triton_kernels``, a CPU ``cpu_kernels``; everywhere else, and for dtypes
 these do not have, it is ``formulas``: torch's own operators, the same results, what the others are tested against.
+``agreement`` says which of them can be trusted.
 
 Sums over positions come out a row a sample, in the same order every time; what adds up the samples of a context is the
 backward of the row look-up in ``functional``.
@@ -18,105 +19,41 @@ or ``(1, C)``, float32, or float64 where ``x`` is.
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from cn_hf.errors import ConfigError, InputShapeError, nearest
-from cn_hf.norm import cpu_kernels, formulas, native
+from cn_hf.errors import CnHfError, InputShapeError
+from cn_hf.norm import formulas
+from cn_hf.norm.agreement import distrust, module_for, reference, trusted, use_kernels
 from cn_hf.norm.formulas import Gradients
-from cn_hf.norm.layout import check_devices, stored_like
+from cn_hf.norm.layout import check_devices, in_rows, stored, stored_like
 
 __all__ = ["describe", "fused", "norm_shift_scale", "reference", "shift_scale", "use_kernels"]
 
-CHOICES = ("auto", "reference")
-
-
-# ------------------------------------------------------------------------------------------------------- which kernels
-
-
-def _chosen(name: str) -> str:
-    if name not in CHOICES:
-        raise ConfigError(f"Unknown kernels {name!r}; {nearest(name, CHOICES)}")
-    return name
-
-
-_choice = [_chosen(os.environ.get("CN_HF_KERNELS") or "auto")]
-
-
-@contextmanager
-def use_kernels(name: str) -> Iterator[None]:
-    """Choose what runs inside the ``with`` block, in all threads of the process.
-
-    The environment's ``CN_HF_KERNELS`` chooses for as long as the process lives.
-
-    Args:
-        name: ``"auto"``, the fastest there is; ``"reference"``, torch's own operators.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    _choice.append(_chosen(name))
-    try:
-        yield
-    finally:
-        _choice.pop()
-
-
-def reference() -> bool:
-    """Whether torch's own operators have been chosen."""
-    return _choice[-1] == "reference"
-
 
 def fused(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether there are kernels of our own for ``x`` on such a device and of such a dtype."""
-    if reference():
+    """True if our kernels standardise and normalise ``x`` on such a device and of such a dtype.
+
+    Fake tensors of a GPU that is not there are not computed, so triton need only be installed.
+    """
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return not reference() and find_spec("triton") is not None
+    if device_type not in ("cpu", "cuda"):
         return False
-    if device_type == "cpu":
-        return dtype in native.DTYPES and native.library() is not None
-    return device_type == "cuda" and _triton_works()
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    return trusted("norm", device, dtype) and trusted("norm_backward", device, dtype)
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler.
 fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cache
-def _triton_works() -> bool:
-    """Whether triton can compile and launch here, which needs a C compiler and a GPU that is not too old: once tried.
-
-    Fake tensors of a GPU that is not there are not computed, so triton need only be installed.
-    """
-    if find_spec("triton") is None:
-        return False
-    if not torch.cuda.is_available():
-        return True
-    try:
-        with _disable_current_modes():  # such as that of fake tensors, while a graph is traced
-            one = torch.ones(1, 1, 1, device="cuda")
-            triton_kernels = import_module("cn_hf.norm.triton_kernels")
-            triton_kernels.shift_scale(one, one[0], one[0], None, 1)
-    except Exception as error:  # of triton, of the compiler it calls, or of the driver
-        warnings.warn(
-            f"The CUDA kernels of context normalization are not used, torch's operators are: {str(error)[-500:]} "
-            "(CN_HF_KERNELS=reference never compiles).",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
 def describe(device_type: str = "cpu") -> str:
-    """What computes on a device of this type, in a few words: for tables of measurements."""
+    """Name what computes on a device of this type, in a few words: for tables of measurements."""
     if not fused(device_type, torch.float32):
         return f"torch {torch.__version__}"
     return f"triton {import_module('triton').__version__}" if device_type == "cuda" else "native"
@@ -153,7 +90,6 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
     Raises:
         InputShapeError: the coefficients are not one row a sample, or one for all.
     """
-    _check_rows(x, feature_dim, center, scale, offset)
     if feature_dim not in (1, -1):  # the axes that the operator knows
         return shift_scale(x.movedim(feature_dim, 1), center, scale, offset, 1).movedim(1, feature_dim)
     out: Tensor = torch.ops.cn_hf.shift_scale(x, center, scale, offset, feature_dim)
@@ -179,89 +115,110 @@ def norm_shift_scale(
     Raises:
         InputShapeError: the coefficients are not one row a sample, or one for all.
     """
-    _check_rows(x, -1, center, scale, offset)
     out: Tensor = torch.ops.cn_hf.norm_shift_scale(x, center, scale, offset, eps, centered)[0]
     return out
-
-
-def _check_rows(x: Tensor, feature_dim: int, *rows: Tensor | None) -> None:
-    """The kernels read memory as these shapes say."""
-    samples, features = x.shape[0], x.shape[feature_dim]
-    for row in rows:
-        if row is not None and row.shape != (samples, features) and row.shape != (1, features):
-            raise InputShapeError(
-                f"Statistics of a batch of shape {tuple(x.shape)} must be ({samples}, {features}), one row a sample, "
-                f"or (1, {features}), received {tuple(row.shape)}: is there one context id a sample?"
-            )
 
 
 # --------------------------------------------------------------------------------------------------- what computes them
 
 
-def _register(name: str) -> None:
-    reference = getattr(formulas, name)
-
-    def everywhere(*arguments: Any) -> Any:
-        _check(name, arguments)
-        return _as_declared(name, reference(*arguments), arguments)
-
-    def on_cpu(*arguments: Any) -> Any:
-        _check(name, arguments)
-        out = getattr(cpu_kernels, name)(*arguments) if _known("cpu", name, arguments) else None
-        return _as_declared(name, reference(*arguments) if out is None else out, arguments)
-
-    def on_cuda(*arguments: Any) -> Any:
-        _check(name, arguments)
-        if not _known("cuda", name, arguments):
-            return _as_declared(name, reference(*arguments), arguments)
-        from cn_hf.norm import triton_kernels
-
-        return _as_declared(name, getattr(triton_kernels, name)(*arguments), arguments)
-
-    for function, key in ((everywhere, "CompositeExplicitAutograd"), (on_cpu, "CPU"), (on_cuda, "CUDA")):
-        _LIBRARY.impl(name, function, key)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def _shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:
+    _check(x, feature_dim, center, scale, offset)
+    held, kernel = _prepared(x, feature_dim, center, scale, offset)
+    out: Tensor = _run("shift_scale", kernel, held, (held, center, scale, offset, feature_dim))
+    return stored_like(out, x)
 
 
-def _check(name: str, arguments: tuple[Any, ...]) -> None:
-    """Raise unless all tensors are on one device: torch runs the fake kernel for a mix with the meta device."""
-    x = _input(name, arguments)
-    check_devices(x, *(argument for argument in arguments if isinstance(argument, Tensor)))
+def _shift_scale_backward(
+    grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, feature_dim, center, scale, grad=grad)
+    held, kernel = _prepared(x, feature_dim, center, scale)
+    arguments = grad, held, center, scale, feature_dim, need_x
+    by_x, sums, dots = _run("shift_scale_backward", kernel and f"{kernel}_backward", held, arguments)
+    return x.new_empty(0) if by_x is None else stored_like(by_x, x), sums.contiguous(), dots.contiguous()
 
 
-def _input(name: str, arguments: tuple[Any, ...]) -> Tensor:
-    x: Tensor = arguments[1 if name.endswith("_backward") else 0]  # the gradient comes before x
-    return x
+def _norm_shift_scale(
+    x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, ...]:
+    _check(x, -1, center, scale, offset)
+    kernel = "norm" if _ordered(x, center, scale, offset) else None
+    outputs = _run("norm_shift_scale", kernel, x, (x, center, scale, offset, eps, centered))
+    return tuple([output.contiguous() for output in outputs])
 
 
-def _known(device_type: str, name: str, arguments: tuple[Any, ...]) -> bool:
-    """True if our kernels know such arguments: statistics in float32 and their rows in order."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    x, rows = _input(name, arguments), tensors[2 if name.endswith("_backward") else 1 :]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return fused(device_type, x.dtype) and all(
-        row.dtype == wide and (row.dim() != 2 or row.stride(-1) == 1) for row in rows
-    )
+def _norm_shift_scale_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, center: Tensor, scale: Tensor, need_x: bool, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, -1, center, scale, grad=grad)
+    check_devices(x, mean, rstd)
+    kernel = "norm_backward" if _ordered(x, center, scale) and mean.dtype == rstd.dtype == scale.dtype else None
+    arguments = grad, x, mean, rstd, center, scale, need_x, centered
+    by_x, sums, dots = _run("norm_shift_scale_backward", kernel, x, arguments)
+    return x.new_empty(0) if by_x is None else by_x.contiguous(), sums.contiguous(), dots.contiguous()
 
 
-def _as_declared(name: str, out: Any, arguments: tuple[Any, ...]) -> Any:
-    """What an operator returns, with the strides that its fake kernel promises.
+def _check(
+    x: Tensor,
+    feature_dim: int,
+    center: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    """The kernels read memory as these shapes say; for a mix with the meta device torch runs the fake kernels."""
+    check_devices(x, center, scale, offset, grad)
+    samples, features = x.shape[0], x.shape[feature_dim]
+    for row in (center, scale, offset):
+        if row is not None and row.shape != (samples, features) and row.shape != (1, features):
+            raise InputShapeError(
+                f"Statistics of a batch of shape {tuple(x.shape)} must be ({samples}, {features}), one row a sample, "
+                f"or (1, {features}), received {tuple(row.shape)}: is there one context id a sample?"
+            )
+    if grad is not None and grad.shape != x.shape:
+        raise InputShapeError(f"Expected a gradient of shape {tuple(x.shape)}, received {tuple(grad.shape)}.")
 
-    The result of ``shift_scale`` and its gradient lie in memory like ``x``, all else is contiguous. A gradient that was
-    not asked for is an empty tensor.
-    """
-    x = _input(name, arguments)
-    if name == "shift_scale":
-        return stored_like(out, x)
-    first, *rest = out
-    if first is None:
-        first = x.new_empty(0)
-    else:
-        first = stored_like(first, x) if name == "shift_scale_backward" else first.contiguous()
-    return first, *(part.contiguous() for part in rest)
+
+def _prepared(
+    x: Tensor, feature_dim: int, center: Tensor, scale: Tensor, offset: Tensor | None = None
+) -> tuple[Tensor, str | None]:
+    """``x`` in rows or columns, copied if it is in neither, and the kernel for it; None where there is none."""
+    if not _ordered(x, center, scale, offset):
+        return x, None
+    held, _ = stored(x, feature_dim)
+    return held, "rows" if in_rows(held, feature_dim) else "vectors"
 
 
-for _name in ("shift_scale", "shift_scale_backward", "norm_shift_scale", "norm_shift_scale_backward"):
-    _register(_name)
+def _ordered(x: Tensor, *rows: Tensor | None) -> bool:
+    """True if kernels can take these: something to do, coefficients in float32 (float64 as ``x``), rows in order."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for row in rows:
+        if row is not None and (row.dtype != wide or row.stride(-1) != 1):
+            return False
+    return x.numel() > 0
+
+
+def _run(operator: str, kernel: str | None, x: Tensor, arguments: tuple[Any, ...]) -> Any:
+    """The result of our kernel where it can be trusted, else of the formulas."""
+    if kernel is not None and trusted(kernel, x.device, x.dtype):
+        module = module_for(x.device.type)
+        try:
+            return getattr(module, operator)(*arguments)
+        except (CnHfError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a compiler or driver may fail for these sizes alone
+            distrust(kernel, x.device, x.dtype, f"{type(error).__name__}: {str(error)[-300:]}")
+    return getattr(formulas, operator)(*arguments)
+
+
+for _name, _function in (
+    ("shift_scale", _shift_scale),
+    ("shift_scale_backward", _shift_scale_backward),
+    ("norm_shift_scale", _norm_shift_scale),
+    ("norm_shift_scale_backward", _norm_shift_scale_backward),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch leaves it so
 
 
 # ------------------------------------------------------------------------------------------------ shapes and gradients

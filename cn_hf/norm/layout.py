@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cn_hf.errors import InputDeviceError
 
-__all__ = ["arranged", "check_devices", "lies_in_rows", "stored", "stored_like"]
+__all__ = ["arranged", "check_devices", "in_rows", "lies_in_rows", "stored", "stored_like"]
 
 
 def check_devices(x: Tensor, *others: Tensor | None) -> None:
@@ -31,6 +31,12 @@ def lies_in_rows(x: Tensor, feature_dim: int) -> bool | None:
     if maps.is_contiguous():
         return True
     return False if maps.movedim(1, -1).is_contiguous() else None
+
+
+def in_rows(x: Tensor, feature_dim: int) -> bool:
+    """True for rows of more than one position, False for columns; for what is one or the other."""
+    rows = x.is_contiguous() if feature_dim == 1 else x.movedim(feature_dim, 1).is_contiguous()
+    return rows and x.numel() > x.shape[0] * x.shape[feature_dim]
 
 
 def stored(x: Tensor, feature_dim: int) -> tuple[Tensor, bool]:

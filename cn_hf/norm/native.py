@@ -8,6 +8,7 @@ Shape legend: ``N`` samples, ``C`` features, ``L`` positions of a sample.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import hashlib
 import os
@@ -15,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Coefficients", "Components", "call", "compiler", "library"]
+from cn_hf.files import written_whole
+from cn_hf.norm.cache import Remembered, intact, private_folder, sweep, write_checksum
+
+__all__ = ["DTYPES", "Coefficients", "Components", "agreed", "call", "compiler", "library", "versions"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of ``x`` there are kernels for; coefficients are float32."""
@@ -48,9 +51,14 @@ class Coefficients(ctypes.Structure):
     @classmethod
     def of(cls, center: Tensor, scale: Tensor, offset: Tensor | None = None) -> Coefficients:
         """Of tensors ``(N, C)`` or ``(1, C)``, float32, which must outlive the call."""
-        rows = (center, scale, offset)
-        addresses = [None if row is None else row.data_ptr() for row in rows]
-        return cls(*addresses, *(0 if row is None or row.shape[0] == 1 else row.stride(0) for row in rows))
+        return cls(
+            center.data_ptr(),
+            scale.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            0 if center.shape[0] == 1 else center.stride(0),
+            0 if scale.shape[0] == 1 else scale.stride(0),
+            0 if offset is None or offset.shape[0] == 1 else offset.stride(0),
+        )
 
 
 class Components(ctypes.Structure):
@@ -92,8 +100,13 @@ def call(name: str, dtype: torch.dtype, *arguments: Any, work: int = 0) -> None:
     Raises:
         MemoryError: there was not enough.
     """
-    addresses = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    size = max(work, *(argument.numel() for argument in arguments if isinstance(argument, Tensor)))
+    addresses, size = [], work
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            addresses.append(argument.data_ptr())
+            size = max(size, argument.numel())
+        else:
+            addresses.append(argument)
     threads = torch.get_num_threads() if size >= _FEWEST_FOR_THREADS else 1
     if getattr(library(), f"{name}_{DTYPES[dtype]}")(*addresses, threads) == 0:
         raise MemoryError(f"{name} of {size:,} numbers found no memory for its tables.")
@@ -101,31 +114,76 @@ def call(name: str, dtype: torch.dtype, *arguments: Any, work: int = 0) -> None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, from the cache or compiled now (some seconds, once a machine); None where they can't be."""
+    """Return the compiled kernels, from the cache or compiled now (some seconds, once a machine); None without them.
+
+    One process compiles while others wait for it. A library that is damaged, or lacks a function, is compiled again.
+    """
     command = compiler()
     if command is None:
         return None
-    options = [*_FLAGS, *_openmp_of_torch()]
     try:
-        mark = "\0".join(
-            [*(path.read_text() for path in [*SOURCES, HEADER]), *command, _version(command), *options, _processor()]
-        )
-        path = cache_folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:20]}.so"
-        if not path.exists():
-            _compile([*command, *map(str, SOURCES), *options], path)
-        loaded = ctypes.CDLL(str(path))
+        path = private_folder() / f"{_mark(tuple(command))}.so"
+        loaded = _opened(path)
+        if loaded is None:
+            from filelock import FileLock  # a requirement of torch
+
+            with FileLock(path.with_name("lock"), timeout=2 * _SECONDS):
+                loaded = _opened(path) or _compiled(command, path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
-        output = getattr(error, "stderr", None) or str(error)
+        output = getattr(error, "stderr", None) or str(error).encode()
         warnings.warn(
-            f"The CPU kernels of context normalization are not used, torch's operators are: {output.strip()[-500:]} "
+            "The CPU kernels of context normalization are not used, torch's operators are: "
+            f"{output.decode(errors='replace').strip()[-500:]} "
             f"(compiler {' '.join(command)}; CN_HF_KERNELS=reference never compiles).",
             stacklevel=2,
         )
         return None
-    for function, types in _ARGUMENTS.items():
-        for dtype in DTYPES.values():
-            getattr(loaded, f"{function}_{dtype}").argtypes = types
-            getattr(loaded, f"{function}_{dtype}").restype = ctypes.c_int if function in _MAY_FAIL else None
+    return loaded
+
+
+def agreed(device: torch.device) -> Remembered:
+    """Return the names of this library's kernels that agreed with the formulas, in any process of this user."""
+    return Remembered(private_folder() / f"{_mark(tuple(compiler() or ()))}.agreed")
+
+
+def versions() -> str:
+    """Return what the kernels were compiled by, in one line."""
+    command = compiler()
+    compiled_by = "no compiler" if command is None else _version(tuple(command)).partition("\n")[0]
+    return f"torch {torch.__version__}, {compiled_by}"
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """The library in a file; None if it is missing, damaged, or lacks a function."""
+    if not intact(path):
+        return None
+    loaded = ctypes.CDLL(str(path))
+    try:
+        for function, types in _ARGUMENTS.items():
+            for dtype in DTYPES.values():
+                getattr(loaded, f"{function}_{dtype}").argtypes = types
+                getattr(loaded, f"{function}_{dtype}").restype = ctypes.c_int if function in _MAY_FAIL else None
+    except AttributeError:
+        _ctypes.dlclose(loaded._handle)  # else the next one of this name would be the same
+        return None
+    return loaded
+
+
+def _compiled(command: list[str], path: Path) -> ctypes.CDLL:
+    """Compile the sources to ``path``, which holds all of a library or the file of before.
+
+    Raises:
+        OSError: the folder cannot be written to, or what was compiled is no such library.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    sweep(path.parent)
+    with written_whole(path) as made:
+        options = [*_FLAGS, *_openmp_of_torch(), "-o", str(made)]
+        subprocess.run([*command, *map(str, SOURCES), *options], check=True, capture_output=True, timeout=_SECONDS)
+    write_checksum(path)
+    loaded = _opened(path)
+    if loaded is None:
+        raise OSError(f"Expected {path} to hold the kernels just compiled, and it does not.")
     return loaded
 
 
@@ -140,18 +198,13 @@ def compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cn_hf" / "kernels"
-
-
-def _compile(command: list[str], path: Path) -> None:
-    """Compile to ``path``, which is there whole or not at all, however many processes do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS)
-        made.replace(path)
+@cache
+def _mark(command: tuple[str, ...]) -> str:
+    """A hash of everything that a library depends on."""
+    sources = [path.read_text(encoding="utf-8") for path in [*SOURCES, HEADER]]
+    options = [*_FLAGS, *_openmp_of_torch(), torch.__version__]
+    mark = "\0".join([*sources, *command, _version(command), *options, _processor()])
+    return hashlib.sha256(mark.encode(errors="replace")).hexdigest()[:20]
 
 
 def _openmp_of_torch() -> list[str]:
@@ -163,14 +216,16 @@ def _openmp_of_torch() -> list[str]:
     return [] if found is None else ["-Wl,--as-needed", str(found)]
 
 
-def _version(command: list[str]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    output = subprocess.run([*command, "--version"], capture_output=True, timeout=_SECONDS).stdout
+    return output.decode(errors="replace")
 
 
 def _processor() -> str:
     """What tells processors apart that ``-march=native`` compiles differently for."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(

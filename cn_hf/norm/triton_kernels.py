@@ -18,6 +18,8 @@ Shape legend: ``N`` samples, ``C`` features, ``L`` positions (pixels or tokens) 
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,10 +27,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cn_hf.norm import formulas
+from cn_hf.norm.cache import Remembered, private_folder
 from cn_hf.norm.layout import arranged, stored
 from cn_hf.norm.triton_launch import aligned, on_device_of, sizes_of, stages
 
-__all__ = ["norm_shift_scale", "norm_shift_scale_backward", "shift_scale", "shift_scale_backward"]
+__all__ = [
+    "DTYPES",
+    "agreed",
+    "norm_shift_scale",
+    "norm_shift_scale_backward",
+    "shift_scale",
+    "shift_scale_backward",
+    "versions",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of ``x`` there are kernels for; coefficients are float32, or float64 where ``x`` is."""
+
+
+def versions() -> str:
+    """Return what the kernels are compiled by and run on, in one line."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"torch {torch.__version__}, triton {triton.__version__}, {gpu}"
+
+
+def agreed(device: torch.device) -> Remembered:
+    """Return the names of the kernels that agreed with the formulas on such a device, in any process of this user."""
+    sources = [Path(__file__).read_text(encoding="utf-8"), Path(formulas.__file__).read_text(encoding="utf-8")]
+    where = ["" if device.type != "cuda" else repr(torch.cuda.get_device_properties(device))]
+    mark = "\0".join([*sources, *where, versions(), str(torch.version.cuda)])
+    try:
+        return Remembered(private_folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:20]}.agreed")
+    except (OSError, RuntimeError):
+        return Remembered(None)
 
 
 @triton.jit
