@@ -592,27 +592,6 @@ def program(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.usefixtures("compiled")
-def test_compiled_once_and_found_again(tmp_path: Path) -> None:
-    """Also by processes that start at once; the compiler called counts."""
-    command = native.compiler()
-    assert command is not None
-    counting = tmp_path / "counting"
-    counting.write_text(
-        f'#!/bin/sh\ncase "$*" in *-shared*) echo x >> {tmp_path}/calls;; esac\nexec {command[0]} "$@"\n'
-    )
-    counting.chmod(0o755)
-    first = program(tmp_path, CXX=str(counting))
-    assert first.stdout.split() == ["native", "native"], first.stderr
-    assert program(tmp_path, CXX=str(counting)).stdout.split() == ["native", "native"]
-    assert (tmp_path / "calls").read_text() == "x\n"
-    [made] = (tmp_path / "cn_hf" / "kernels").iterdir()  # and nothing half-made beside it
-    made.write_bytes(b"no library")
-    broken = program(tmp_path, CXX=str(counting))
-    assert broken.stdout.split() == ["torch", "torch"]
-    assert "are not used" in broken.stderr
-
-
 @pytest.mark.parametrize(
     ("environment", "warned"),
     [
@@ -626,32 +605,6 @@ def test_without_a_compiler_all_goes_on(tmp_path: Path, environment: dict[str, s
     assert done.stdout.split() == ["torch", "torch"], done.stderr
     assert (warned in done.stderr) if warned else done.stderr == ""
     assert not list(tmp_path.rglob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "cn_hf").write_text("a file where the folder should be")
-    done = program(tmp_path)
-    assert done.stdout.split() == ["torch", "torch"], done.stderr
-    assert done.returncode == 0
-
-
-def test_a_gpu_for_which_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_kernels = pytest.importorskip("cn_hf.norm.triton_kernels", reason="triton is not installed")
-
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(triton_kernels, "shift_scale", broken)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
-    kernels._triton_works.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="torch's operators are: Failed to find C compiler"):
-            assert not kernels.fused("cuda", torch.float32)
-        assert not kernels.fused("cuda", torch.float32)
-        assert kernels.describe("cuda").startswith("torch")
-    finally:
-        kernels._triton_works.cache_clear()
 
 
 def test_the_environment_names_what_is_known(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from triton_cases import Recorder, run_in_the_interpreter, stack_bytes, triton
 
 from cn_hf.errors import InputShapeError
-from cn_hf.norm import triton_kernels
+from cn_hf.norm import agreement, formulas, triton_kernels
+from cn_hf.norm import kernels as operators
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -112,6 +115,79 @@ def check_shift_scale(case: Case, x: Tensor, grad: Tensor, tables: tuple[Tensor,
 def test_shift_scale(name: str, dtype: torch.dtype, device: str) -> None:
     case = MAPS[name]
     check_shift_scale(case, *draw(case, dtype, device), coefficients(case, dtype, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [name for name in agreement.EXAMPLES if name != "combine"])
+def test_kernels_agree_with_the_formulas(kernel: str, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert agreement.difference(triton_kernels, kernel, torch.device(device), dtype) is None
+
+
+class Broken:
+    """Stands in for a kernel: one of its results is off, or it cannot be built."""
+
+    def __init__(self, kernel: Any, result: int | None) -> None:
+        self.kernel, self.result = kernel, result
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            if self.result is None:
+                raise RuntimeError("PassManager::run failed")
+            self.kernel[grid](*arguments, **options)
+            arguments[self.result].mul_(1.01)
+
+        return launch
+
+
+BREAKS = [
+    ("rows", "_rows_forward", 1),
+    ("rows_backward", "_rows_backward", 3),
+    ("vectors", "_columns_forward", 1),
+    ("vectors_backward", "_columns_backward", 4),
+    ("norm", "_norm_forward", 3),
+    ("norm_backward", "_norm_backward", 3),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(("kernel", "function", "result"), BREAKS)
+def test_a_broken_kernel_is_not_used(
+    kernel: str, function: str, result: int, built: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one that cannot be built; the operators are right all the same, and one warning names it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(agreement, "module_for", lambda device_type: triton_kernels)
+    monkeypatch.setattr(operators, "module_for", lambda device_type: triton_kernels)
+    monkeypatch.setattr(triton_kernels, function, Broken(getattr(triton_kernels, function), result if built else None))
+    agreement.allow_kernels(None)
+    case = TOKENS["vectors"] if kernel.startswith("norm") else MAPS["tokens-one" if kernel[0] == "v" else "map-7x7"]
+    x, grad = draw(case, torch.float32, device)
+    tables = coefficients(case, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in (x, *tables)]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                if kernel.startswith("norm"):
+                    y, expected = (
+                        operators.norm_shift_scale(*leaves, 1e-5, True),
+                        formulas.composed(*leaves, 1e-5, True),
+                    )
+                else:
+                    y = operators.shift_scale(*leaves, case.feature_dim)
+                    expected = formulas.shift_scale(*leaves, case.feature_dim)
+                check(y, expected.double())
+                for pair in zip(*(torch.autograd.grad(out, leaves, grad) for out in (y, expected)), strict=True):
+                    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+            assert not agreement.trusted(kernel, x.device, torch.float32)
+    finally:
+        agreement.allow_kernels(None)
+    told = [str(warning.message) for warning in caught if "context normalization" in str(warning.message)]
+    assert len(told) == 1
+    for part in (f"The {kernel} float32 kernel", "off by" if built else "PassManager", f"triton {triton.__version__}"):
+        assert part in told[0]
 
 
 @pytest.mark.gpu
