@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cn_hf.norm import agreement, cache, formulas, native
 from cn_hf.norm.functional import context_norm_plus
-from cn_hf.norm.kernels import norm_shift_scale, shift_scale
+from cn_hf.norm.fused import agreement, cache, formulas, native
+from cn_hf.norm.fused.operators import norm_shift_scale, shift_scale
 
 CPU = torch.device("cpu")
 
@@ -226,7 +226,7 @@ def test_a_library_without_the_functions_is_compiled_again(
 def test_one_process_compiles_while_others_wait(
     kernels_folder: Path, compiler_calls: Callable[[], int], tmp_path: Path
 ) -> None:
-    code = "from cn_hf.norm import native; native._FLAGS[1] = '-O0'; print(native.library() is not None)"
+    code = "from cn_hf.norm.fused import native; native._FLAGS[1] = '-O0'; print(native.library() is not None)"
     command = [sys.executable, "-c", code]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=300)[0].strip() for process in started] == ["True"] * 2

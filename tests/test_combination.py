@@ -13,9 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cn_hf.norm import combination, cpu_combination, kernels, native
+from cn_hf.norm import combination, cpu_combination
 from cn_hf.norm.em import Densities, Mixture
 from cn_hf.norm.functional import component_statistics, context_norm_plus, mixture_norm
+from cn_hf.norm.fused import native, operators
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -190,7 +191,7 @@ def test_other_dtypes_are_computed_by_torch(dtype: torch.dtype, monkeypatch: pyt
 
 def test_reference_is_computed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     called = found_natively(monkeypatch)
-    with kernels.use_kernels("reference"):
+    with operators.use_kernels("reference"):
         context_norm_plus(torch.randn(4, 8, 9), *torch.rand(2, 5, 8) + 0.5, feature_dim=1)
     assert not called
 

@@ -49,7 +49,7 @@ MAY_IMPORT["data"] -= {"models"}
 MAY_IMPORT["__main__"] = {"cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
-    "norm": {"torch", "triton"},  # triton: the compiler torch comes with, imported on CUDA alone
+    "norm": {"torch", "triton", "filelock"},  # torch needs them itself; triton on CUDA, filelock to compile
     "patching": {"torch", "tqdm", "timm", "PIL"},  # timm: a plain layer for folding; PIL: pictures to restyle
     "models": {"torch", "timm"},
 }

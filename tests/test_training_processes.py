@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
+from processes import free_port, run_together
 from training_runs import CONFIG, Starter, finish, outcome
+
+from cn_hf.norm.fused import agreement, native
+from cn_hf.training.preparation import make_accelerator
 
 # 46 images in batches of 6: the last batch has 4, and an epoch 8 steps.
 # Adam would make steps of full size from gradients that are nothing but rounding (a bias before a batch norm).
@@ -136,3 +139,30 @@ def test_what_is_left_of_a_run_says_that_a_process_was_killed(tmp_path: Path, ki
     assert said[1 - killed].splitlines()[-1].startswith("error"), said
     assert "Another process of this run has ended" in said[1 - killed]
     assert "Traceback" not in said[1 - killed]
+
+
+def computes(rank: int, port: int, folder: str, lacking: int | None) -> None:
+    """Take down the kernels that a process of a run uses; one of them may lack some."""
+    os.environ.update(
+        ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    device = torch.device("cpu")
+    if rank == lacking:
+        agreement.distrust("rows", device, torch.float32, "it is broken here")
+        original = agreement.difference
+        agreement.difference = lambda *given: "broken" if given[1] == "rows" else original(*given)  # type: ignore[assignment]
+        agreement.cpu_kernels.agreed = lambda device: agreement.cpu_kernels.native.Remembered(None)  # type: ignore[assignment]
+    make_accelerator(CONFIG)
+    used = [name for name in agreement.EXAMPLES if agreement.trusted(name, device, torch.float32)]
+    Path(folder, str(rank)).write_text(" ".join(used))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lacking", [None, 1])
+def test_all_processes_of_a_run_use_the_same_kernels(tmp_path: Path, lacking: int | None) -> None:
+    if native.library() is None:
+        pytest.skip("no C++ compiler with OpenMP here, so there are no CPU kernels to agree on")
+    run_together(computes, free_port(), str(tmp_path), lacking)
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert first == second == [name for name in agreement.EXAMPLES if lacking is None or name != "rows"]

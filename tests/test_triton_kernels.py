@@ -15,8 +15,7 @@ from torch import Tensor
 from triton_cases import Recorder, run_in_the_interpreter, stack_bytes, triton
 
 from cn_hf.errors import InputShapeError
-from cn_hf.norm import agreement, formulas, triton_kernels
-from cn_hf.norm import kernels as operators
+from cn_hf.norm.fused import agreement, formulas, operators, triton_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

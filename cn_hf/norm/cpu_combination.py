@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cn_hf.norm import native
-from cn_hf.norm.agreement import EXAMPLES, Pairs, trusted, waves
 from cn_hf.norm.combination import combine_in_pieces
 from cn_hf.norm.em import Densities
-from cn_hf.norm.layout import stored
+from cn_hf.norm.fused import native
+from cn_hf.norm.fused.agreement import EXAMPLES, Pairs, trusted, waves
+from cn_hf.norm.fused.layout import stored
 
 __all__ = ["combine"]
 

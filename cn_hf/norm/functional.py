@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cn_hf.errors import ContextIdError
-from cn_hf.norm import cpu_combination, formulas, kernels
+from cn_hf.norm import cpu_combination
 from cn_hf.norm.choices import check_choice
 from cn_hf.norm.combination import batch_statistics, combine, combine_in_pieces, component_statistics, mixture
 from cn_hf.norm.em import (
@@ -40,7 +40,8 @@ from cn_hf.norm.em import (
     statistics_dtype,
     wide_dtype,
 )
-from cn_hf.norm.layout import check_devices
+from cn_hf.norm.fused import formulas, operators
+from cn_hf.norm.fused.layout import check_devices
 from cn_hf.norm.sample_posterior import combined, sample_moments
 
 __all__ = [
@@ -70,7 +71,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     """``(x - center) * scale + offset`` with one row of coefficients a sample.
 
     Subtracting first keeps full precision where ``|mean|`` is much larger than the standard deviation. Backward needs
-    ``x`` only, and reduces over all positions of a sample before anything is summed over samples. See ``kernels``.
+    ``x`` only, and reduces over all positions of a sample before anything is summed over samples. See ``operators``.
 
     Args:
         x: ``(N, ..., C)`` or ``(N, C, ...)``, floating point.
@@ -85,7 +86,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     check_devices(x, center, scale, offset)
     if _seen(x, center, scale, offset):
         return formulas.shift_scale(x, center, scale, offset, feature_dim)
-    return kernels.shift_scale(x, center, scale, offset, feature_dim)
+    return operators.shift_scale(x, center, scale, offset, feature_dim)
 
 
 def norm_shift_scale(
@@ -108,12 +109,12 @@ def norm_shift_scale(
     """
     check_devices(x, center, scale, offset)
     if torch.compiler.is_compiling():
-        opaque = not torch.compiler.is_exporting() and kernels.fused(x.device.type, x.dtype)
+        opaque = not torch.compiler.is_exporting() and operators.fused(x.device.type, x.dtype)
     else:
         opaque = not _looked_into(x, center, scale, offset)
     if not opaque:
         return formulas.composed(x, center, scale, offset, eps, centered)
-    return kernels.norm_shift_scale(x, center, scale, offset, eps, centered)
+    return operators.norm_shift_scale(x, center, scale, offset, eps, centered)
 
 
 def _seen(*tensors: Tensor | None) -> bool:

@@ -18,8 +18,8 @@ from cn_hf.errors import ConfigError, ConfigTypeError, ContextIdError, InputShap
 from cn_hf.norm.choices import check_choice, check_integer, check_number
 from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
+from cn_hf.norm.fused.layout import check_devices
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
-from cn_hf.norm.layout import check_devices
 
 __all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features", "checked_ids"]
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from cn_hf.errors import InputShapeError
 from cn_hf.norm.em import full_precision, statistics_dtype, sum_over_processes
-from cn_hf.norm.formulas import along
+from cn_hf.norm.fused.formulas import along
 
 __all__ = ["recomputing", "several_processes", "synchronized_batch_norm", "synchronized_forward"]
 

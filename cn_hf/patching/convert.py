@@ -25,7 +25,7 @@ from cn_hf.errors import PatchedAttributeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.norm.convolution import normalized_conv2d
 from cn_hf.norm.em import statistics_dtype
-from cn_hf.norm.formulas import standardized
+from cn_hf.norm.fused.formulas import standardized
 from cn_hf.norm.layers import check_features
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.standardize import LAYER, RMS, PerVector, Standardize, group, instance, simple, simple_of_maps

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cn_hf.errors import TrainingError
+from cn_hf.norm.fused.agreement import allow_kernels, usable_kernels
 from cn_hf.processes import gathered
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.objective import TrainingBatches, forward_logits, on_device
@@ -53,7 +54,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             "Choose 'no', or start the run in another process if this one began with another precision."
         ) from error
     accelerator.gradient_accumulation_steps = 1  # a launcher's setting would divide the gradients once more
+    _agree_on_kernels(accelerator)
     return accelerator
+
+
+def _agree_on_kernels(accelerator: Accelerator) -> None:
+    """Use the compiled kernels that work in every process of the run, now, so that no forward has to ask the others."""
+    allow_kernels(None)
+    if accelerator.num_processes > 1:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        usable = usable_kernels(accelerator.device, {torch.float32, half})
+        allow_kernels(frozenset.intersection(*gathered([usable])))
 
 
 def check_equal_lengths(steps: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cn_hf.norm import ContextNorm
 from cn_hf.norm.functional import context_norm
-from cn_hf.norm.kernels import use_kernels
+from cn_hf.norm.fused.operators import use_kernels
 from cn_hf.patching import patch_model
 from scripts.benchmark.activations import NUM_CONTEXTS, Activations, Layout, dtype_name, layouts
 from scripts.benchmark.races import Duel, race

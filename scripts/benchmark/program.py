@@ -15,7 +15,7 @@ from cn_hf.devices import torch_threads
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.files import write_whole
-from cn_hf.norm import kernels
+from cn_hf.norm.fused import operators
 from cn_hf.training.memory import keep_freed_memory
 from scripts.benchmark.picture import PICTURE_NAME, limited_rows, plot_report
 from scripts.benchmark.report import (
@@ -112,7 +112,7 @@ def _run_section(name: str, settings: Settings) -> tuple[Record, bool]:
         date=datetime.now(timezone.utc).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00"),
         seconds=round(time.perf_counter() - started, 1),
         size=settings.size,
-        kernels=kernels.describe(settings.device.type),
+        kernels=operators.describe(settings.device.type),
         threads=torch.get_num_threads(),
         environment=run_environment(),
         left_out=left_out(name, settings),
@@ -147,7 +147,7 @@ def _title(settings: Settings) -> str:
     now = datetime.now(timezone.utc).isoformat(sep=" ", timespec="minutes")
     return (
         f"# Benchmark, {settings.size}\n\n{where}\npython {machine['python']}, {versions}\n"
-        f"kernels: {kernels.describe(settings.device.type)}; {settings.rounds} rounds; {now}"
+        f"kernels: {operators.describe(settings.device.type)}; {settings.rounds} rounds; {now}"
     )
 
 

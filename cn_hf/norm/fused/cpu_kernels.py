@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cn_hf.norm import native
-from cn_hf.norm.formulas import Gradients
-from cn_hf.norm.layout import in_rows
-from cn_hf.norm.native import DTYPES, agreed, versions
+from cn_hf.norm.fused import native
+from cn_hf.norm.fused.formulas import Gradients
+from cn_hf.norm.fused.layout import in_rows
+from cn_hf.norm.fused.native import DTYPES, agreed, versions
 
 __all__ = [
     "DTYPES",

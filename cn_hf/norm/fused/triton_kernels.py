@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cn_hf.norm import formulas
-from cn_hf.norm.cache import Remembered, private_folder
-from cn_hf.norm.layout import arranged, stored
-from cn_hf.norm.triton_launch import aligned, on_device_of, sizes_of, stages
+from cn_hf.norm.fused import formulas
+from cn_hf.norm.fused.cache import Remembered, private_folder
+from cn_hf.norm.fused.layout import arranged, stored
+from cn_hf.norm.fused.triton_launch import aligned, on_device_of, sizes_of, stages
 
 __all__ = [
     "DTYPES",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cn_hf.files import written_whole
-from cn_hf.norm.cache import Remembered, intact, private_folder, sweep, write_checksum
+from cn_hf.norm.fused.cache import Remembered, intact, private_folder, sweep, write_checksum
 
 __all__ = ["DTYPES", "Coefficients", "Components", "agreed", "call", "compiler", "library", "versions"]
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from cn_hf.errors import CnHfError, InputShapeError
-from cn_hf.norm import formulas
-from cn_hf.norm.agreement import distrust, module_for, reference, trusted, use_kernels
-from cn_hf.norm.formulas import Gradients
-from cn_hf.norm.layout import check_devices, in_rows, stored, stored_like
+from cn_hf.norm.fused import formulas
+from cn_hf.norm.fused.agreement import distrust, module_for, reference, trusted, use_kernels
+from cn_hf.norm.fused.formulas import Gradients
+from cn_hf.norm.fused.layout import check_devices, in_rows, stored, stored_like
 
 __all__ = ["describe", "fused", "norm_shift_scale", "reference", "shift_scale", "use_kernels"]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from cn_hf.errors import ConfigError, nearest
-from cn_hf.norm import cpu_kernels, formulas, native
+from cn_hf.norm.fused import cpu_kernels, formulas, native
 
 __all__ = [
     "EXAMPLES",
@@ -134,7 +134,7 @@ def module_for(device_type: str) -> Any:
     """Return the module with the kernels for a type of device, None for none."""
     if device_type == "cpu":
         return cpu_kernels if native.library() is not None else None
-    return import_module("cn_hf.norm.triton_kernels") if device_type == "cuda" and find_spec("triton") else None
+    return import_module("cn_hf.norm.fused.triton_kernels") if device_type == "cuda" and find_spec("triton") else None
 
 
 def _first_use(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:

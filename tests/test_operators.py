@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cn_hf
 from cn_hf.errors import ConfigError, InputDeviceError, InputShapeError
-from cn_hf.norm import cpu_kernels, formulas, kernels, native
 from cn_hf.norm.em import Mixture
 from cn_hf.norm.functional import context_norm, context_norm_plus, mixture_norm, norm_shift_scale, shift_scale
+from cn_hf.norm.fused import cpu_kernels, formulas, native, operators
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -366,19 +366,19 @@ def test_fake_kernels_report_what_real_ones_return(layout: str, dtype: torch.dty
     wide = torch.promote_types(dtype, torch.float32)
     center, scale, offset = (row.to(wide) for row in coefficients(len(x), x.shape[axis]) if row is not None)
     torch.use_deterministic_algorithms(False)  # NaN in fresh memory is not equal to itself
-    operators, checks = torch.ops.cn_hf, {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(operators.shift_scale.default, (x, center, scale, offset, axis), **checks)
+    ops, checks = torch.ops.cn_hf, {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(ops.shift_scale.default, (x, center, scale, offset, axis), **checks)
     for kind, stored in GRADIENTS.items():
         grad = stored(x.clone())
         need_x = kind != "expanded"
-        torch.library.opcheck(operators.shift_scale_backward.default, (grad, x, center, scale, axis, need_x), **checks)
+        torch.library.opcheck(ops.shift_scale_backward.default, (grad, x, center, scale, axis, need_x), **checks)
         if axis == -1:
             for centered in (True, False):
                 forward = x, center, scale, offset, EPS, centered
-                torch.library.opcheck(operators.norm_shift_scale.default, forward, **checks)
-                _, mean, rstd = operators.norm_shift_scale(*forward)
+                torch.library.opcheck(ops.norm_shift_scale.default, forward, **checks)
+                _, mean, rstd = ops.norm_shift_scale(*forward)
                 backward = grad, x, mean, rstd, center, scale, need_x, centered
-                torch.library.opcheck(operators.norm_shift_scale_backward.default, backward, **checks)
+                torch.library.opcheck(ops.norm_shift_scale_backward.default, backward, **checks)
 
 
 @pytest.mark.parametrize("which", ["x", "center", "scale", "offset"])
@@ -389,20 +389,20 @@ def test_mixed_devices_are_an_error(which: str, other: str) -> None:
     given = dict(zip(("x", "center", "scale", "offset"), (torch.ones(4, 3, 8), *coefficients(4, 8)), strict=True))
     x, center, scale, offset = (t.to(other if name == which else home) for name, t in given.items())  # type: ignore[union-attr]
     kept = torch.ones(4, 3, device=home)
-    operators = torch.ops.cn_hf
+    ops = torch.ops.cn_hf
     for run in (
         lambda: shift_scale(x, center, scale, offset, feature_dim=-1),
         lambda: norm_shift_scale(x, center, scale, offset, eps=EPS, centered=True),
-        lambda: operators.shift_scale(x, center, scale, offset, -1),
-        lambda: operators.norm_shift_scale(x, center, scale, offset, EPS, True),
-        lambda: operators.shift_scale_backward(offset[:, None].expand(4, 3, 8), x, center, scale, -1, True),
-        lambda: operators.norm_shift_scale_backward(
+        lambda: ops.shift_scale(x, center, scale, offset, -1),
+        lambda: ops.norm_shift_scale(x, center, scale, offset, EPS, True),
+        lambda: ops.shift_scale_backward(offset[:, None].expand(4, 3, 8), x, center, scale, -1, True),
+        lambda: ops.norm_shift_scale_backward(
             offset[:, None].expand(4, 3, 8), x, kept, kept, center, scale, True, True
         ),
     ):
         with pytest.raises(InputDeviceError, match="Expected all tensors to be on"):
             run()
-        with kernels.use_kernels("reference"), pytest.raises(RuntimeError):
+        with operators.use_kernels("reference"), pytest.raises(RuntimeError):
             run()
 
 
@@ -501,7 +501,7 @@ def test_a_patched_layer_norm_keeps_no_more_for_backward(dtype: torch.dtype, ker
     plain = nn.LayerNorm(64, dtype=dtype)
     model = patched(nn.LayerNorm(64), mode="cn-patches").to(dtype)
     x, ids = torch.randn(8, 300, 64, dtype=dtype, requires_grad=True), torch.arange(8) % 3
-    with kernels.use_kernels(kernels_used):
+    with operators.use_kernels(kernels_used):
         extra = saved_bytes(lambda: model(x, context_ids=ids)) - saved_bytes(lambda: plain(x))
     coefficients_of_all_samples = 4 * 8 * 64
     assert extra <= 9 * coefficients_of_all_samples < x.nbytes / 16 * 2
@@ -561,23 +561,25 @@ def test_transforms_reach_through() -> None:
 
 def test_the_reference_can_be_asked_for() -> None:
     x, (center, scale, _) = torch.randn(2, 3, 8), coefficients(2, 8)
-    with kernels.use_kernels("reference"):
-        assert not kernels.fused("cpu", torch.float32)
-        assert kernels.describe() == f"torch {torch.__version__}"
+    with operators.use_kernels("reference"):
+        assert not operators.fused("cpu", torch.float32)
+        assert operators.describe() == f"torch {torch.__version__}"
         out = shift_scale(x, center, scale, feature_dim=-1)  # type: ignore[arg-type]
         assert torch.equal(out, (x - center[:, None]) * scale[:, None])  # type: ignore[index]
-    with pytest.raises(ConfigError, match="did you mean 'reference'"), kernels.use_kernels("referense"):
+    with pytest.raises(ConfigError, match="did you mean 'reference'"), operators.use_kernels("referense"):
         pass
-    assert kernels.fused("cpu", torch.float32) == (native.library() is not None)
+    assert operators.fused("cpu", torch.float32) == (native.library() is not None)
 
 
 PROGRAM = """
 import torch
-from cn_hf.norm import functional, kernels, native
+from cn_hf.norm import functional
+from cn_hf.norm.fused import native, operators
 x, rows = torch.randn(4, 3, 8, requires_grad=True), [torch.rand(4, 8) for _ in range(2)]
 functional.norm_shift_scale(x, *rows, eps=1e-5, centered=True).sum().backward()
 assert torch.isfinite(x.grad).all()
-print("native" if native.library.cache_info().currsize and native.library() else "torch", kernels.describe().split()[0])
+used = native.library.cache_info().currsize and native.library()
+print("native" if used else "torch", operators.describe().split()[0])
 """
 
 
@@ -615,7 +617,7 @@ def test_the_environment_names_what_is_known(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc here to list the loaded libraries")
 def test_one_openmp_runtime_is_loaded() -> None:
-    kernels.shift_scale(torch.randn(2, 3), torch.zeros(1, 3), torch.ones(1, 3), None, 1)
+    operators.shift_scale(torch.randn(2, 3), torch.zeros(1, 3), torch.ones(1, 3), None, 1)
     loaded = {
         line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith((".so", ".1"))
     }
