@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,12 +24,14 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import cn_hf
 from cn_hf.contexts import BrightnessContexts, ClusterContexts, ContextSource
 from cn_hf.errors import CheckpointError, ConfigError
 from cn_hf.files import read_json
 from cn_hf.hub.inspection import inspect_checkpoint
+from cn_hf.hub.transformers_config import ContextConfig
 
 DESCRIPTION, CONFIG = "context_norm.json", "config.json"
 VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 5}
@@ -309,3 +312,26 @@ def test_a_dtype_by_either_name(saved):
     patched = type(transformers_vit())
     assert patched.from_pretrained(folder, torch_dtype="auto").classifier.weight.dtype == torch.float32
     assert patched.from_pretrained(folder, torch_dtype=torch.bfloat16).classifier.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_no_config_of_transformers_hides_a_name_of_ours():
+    own = {name for name in {**vars(ContextConfig), **ContextConfig.__annotations__} if not name.startswith("__")}
+    own -= {"to_dict", "to_diff_dict", "from_dict"}  # which are its own of a base, made anew
+    assert {"context_norm", "context_norm_architecture", "context_norm_base"} <= own
+    for model_type in CONFIG_MAPPING:
+        base = CONFIG_MAPPING[model_type]
+        fields = {field.name for field in dataclasses.fields(base)}
+        assert not own & (set(dir(base)) | fields | set(base.attribute_map)) or model_type == "context_norm", model_type
+
+
+def test_saving_tries_the_road_that_loading_takes(monkeypatch, tmp_path):
+    model = wrapper()
+    monkeypatch.setattr(
+        type(model.config), "context_norm_architecture", "resnet10t", raising=False
+    )  # a field of a base
+    assert cn_hf.from_pretrained(cn_hf.save_pretrained(model, tmp_path)).config.architecture == "test_resnet"
+    monkeypatch.setattr(ContextConfig, "context_norm_plain", lambda self: ViTConfig())
+    with pytest.raises(ConfigError, match="cannot be built again"):
+        cn_hf.save_pretrained(model, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from cn_hf.hub.bounds import built, check_arguments, check_values, weights_known
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.convert import Slot
 from cn_hf.patching.patch import patch_model
+from cn_hf.patching.routing import routed_class
 
 __all__ = [
     "TIMM_ARCHITECTURE",
@@ -175,13 +176,17 @@ def build_patched(description: Mapping[str, Any], config: ContextNormConfig) -> 
     Raises:
         CheckpointError: it cannot be built, or the configuration does not fit it.
     """
+    return _on_meta(lambda: _build_patched(description, config))
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
-            return _build_patched(description, config)
+            return build()
     except CheckpointError as error:  # constructors that compute need real tensors
         if not (weights_known() and isinstance(error.__cause__, (NotImplementedError, RuntimeError))):
             raise
-    return _build_patched(description, config)
+    return build()
 
 
 def _build_patched(description: Mapping[str, Any], config: ContextNormConfig) -> nn.Module:
@@ -204,7 +209,10 @@ def quietly() -> Iterator[None]:
 def _try_out(model: Any, description: dict[str, Any]) -> None:
     try:
         with weights_of(model.state_dict()):
-            rebuilt = build_patched(description, model.router.config)
+            if description["library"] == "transformers":
+                rebuilt = _on_meta(lambda: _built_by_transformers(model))
+            else:
+                rebuilt = build_patched(description, model.router.config)
     except CheckpointError as error:
         raise ConfigError(f"This model cannot be built again from {_words(description)}: {error!r}") from error
     own, new = _anatomy(model), _anatomy(rebuilt)
@@ -215,6 +223,15 @@ def _try_out(model: Any, description: dict[str, Any]) -> None:
                 f"and {own.get(name, 'absent')} here. Pass model_args={{...}}, the arguments it was created with; or, "
                 "where the model was changed after it was patched, change it first and patch it then."
             )
+
+
+def _built_by_transformers(model: Any) -> nn.Module:
+    """The model as transformers makes it from the ``config.json`` of a checkpoint, without weights."""
+    from cn_hf.hub.transformers_config import ContextConfig, written_config
+
+    config = ContextConfig.from_dict(json.loads(json.dumps(written_config(model).to_dict())))
+    built_again: nn.Module = routed_class(transformers_class(model.original_class.__name__))(config)
+    return built_again
 
 
 def _words(description: Mapping[str, Any]) -> str:

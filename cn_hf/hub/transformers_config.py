@@ -17,9 +17,10 @@ from cn_hf.errors import CheckpointError
 from cn_hf.hub.bounds import built, check_values
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.inference import per_channel
-from cn_hf.patching.routing import routed_class
+from cn_hf.patching.patch import named_slots
+from cn_hf.patching.routing import routed_class, router_of
 
-__all__ = ["MODEL_TYPE", "ContextConfig", "context_config"]
+__all__ = ["MODEL_TYPE", "ContextConfig", "context_config", "written_config"]
 
 MODEL_TYPE = "context_norm"
 FORMAT = 1  # raised when a release can no longer be read by the ones before
@@ -103,6 +104,20 @@ def context_config(base: Any, architecture: str) -> Any:
     return type(
         f"{PREFIX}{architecture}Config", (ContextConfig, base), namespace | {"context_norm_architecture": architecture}
     )
+
+
+def written_config(model: Any) -> Any:
+    """The config that a patched transformers model's files carry: its own values, and how it is patched."""
+    router = router_of(model)
+    written = copy.deepcopy(model.config)
+    written.__class__ = context_config(cast(Any, type(model.config)), model.original_class.__name__)
+    written.context_norm = {
+        "config": router.config.to_dict(),
+        "slots": [name for name, _ in named_slots(model)],
+        "pixel_mean": list(router.pixel_mean),
+        "pixel_std": list(router.pixel_std),
+    }
+    return written
 
 
 def _new_config(base: Any, architecture: str) -> Any:

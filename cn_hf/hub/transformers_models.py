@@ -10,7 +10,6 @@ In memory a patched model's ``config`` is its base's: only files carry the subcl
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from cn_hf.errors import CheckpointError
 from cn_hf.files import read_json
 from cn_hf.hub.base_model import quietly, transformers_class
 from cn_hf.hub.bounds import built, check_values, weights_of
-from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_config
+from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_config, written_config
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.patch import named_slots, patch_model
 from cn_hf.patching.placement import KEYWORDS
@@ -221,24 +220,10 @@ def load_transformers(folder: Any, **options: Any) -> nn.Module:
 # ------------------------------------------------------------------------------------------------- patched as described
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """How a patched model is patched, as JSON values."""
-    router = router_of(model)
-    return {
-        "config": router.config.to_dict(),
-        "slots": [name for name, _ in named_slots(model)],
-        "pixel_mean": list(router.pixel_mean),
-        "pixel_std": list(router.pixel_std),
-    }
-
-
 @contextmanager
 def _config_for_files(model: Any) -> Iterator[Any]:
     """Let the model have the config that its files carry."""
-    own = model.config
-    written = copy.deepcopy(own)
-    written.__class__ = context_config(cast(Any, type(own)), model.original_class.__name__)
-    written.context_norm = describe(model)
+    own, written = model.config, written_config(model)
     model.config = written
     try:
         yield written
