@@ -141,57 +141,51 @@ def prepare_data(
     """
     check_on_error(on_error)
     _check_splits(splits, context_source, mean, std)
-    image_column = find_image_column(splits, image_column)
-    label_column = find_label_column(splits, label_column)
-    decoding: dict[str, Any] = {"decode_size": decode_size, "image_mode": image_mode}
-    held = _decode_within(splits, image_column, decoding, memory_budget_bytes, on_error, num_workers, progress)
-    readable = _readable(splits, held, image_column, on_error, context_source)
+    reading = _Reading(
+        image_column=find_image_column(splits, image_column),
+        label_column=find_label_column(splits, label_column),
+        decoding={"decode_size": decode_size, "image_mode": image_mode},
+        on_error=on_error,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    held = reading.decode_within(splits, memory_budget_bytes)
+    readable = reading.readable(splits, held, has_source=context_source is not None)
     if context_source is not None:
         if not context_source.fitted:
             context_source.fit(readable["train"])
         readable = {name: context_source.apply(split) for name, split in readable.items()}
-    class_names, num_classes = _classes(readable, label_column)
+    class_names, num_classes = _classes(readable, reading.label_column)
     if mean is None or std is None:
-        mean, std = _measured(mean, std, held, readable["train"], image_column, decoding, seed)
-    shape = _first_shape(held, readable, image_column, decoding)
+        measured = reading.mean_and_std(held, readable["train"], seed)
+        mean, std = (measured[0] if mean is None else mean), (measured[1] if std is None else std)
     context_names = _context_names(readable)
-    batches: dict[str, Batches] = {}
-    for name, split in readable.items():
-        training = name == "train"
-        size = batch_size if training or eval_batch_size is None else eval_batch_size
-        options: BatchOptions = {
-            "shuffle": training,
-            "seed": seed,
-            "drop_last": drop_last and training,
-            "augment": _augment_for(augment, training),
-            "mixing": _mixing_for(mixing, split, num_classes, context_names) if training else None,
-            "balance_contexts": balance_contexts and training,
-            "mean": mean,
-            "std": std,
-            "device": device,
-            "num_processes": num_processes,
-            "process_index": process_index,
-            "dtype": dtype,
+    shared: BatchOptions = {
+        "seed": seed,
+        "mean": mean,
+        "std": std,
+        "device": device,
+        "num_processes": num_processes,
+        "process_index": process_index,
+        "dtype": dtype,
+        "augment": _augment_for(augment, False),
+    }
+    size = batch_size if eval_batch_size is None else eval_batch_size
+    batches = {
+        name: reading.batches(split, held.get(name), num_classes, size, shared)
+        for name, split in readable.items()
+        if name != "train"
+    }
+    if "train" in readable:
+        own: BatchOptions = {
+            "shuffle": True,
+            "drop_last": drop_last,
+            "augment": _augment_for(augment, True),
+            "mixing": _mixing_for(mixing, readable["train"], num_classes, context_names),
+            "balance_contexts": balance_contexts,
         }
-        if name in held:
-            images, rows = held[name].images, held[name].rows
-            labels = torch.from_numpy(read_labels(split, label_column, num_classes))
-            batches[name] = DeviceBatches(
-                images, labels, read_context_ids(split), rows=rows, batch_size=size, **options
-            )
-        else:
-            batches[name] = StreamedBatches(
-                split,
-                image_column=image_column,
-                label_column=label_column,
-                on_error=on_error,
-                num_workers=num_workers,
-                batch_size=size,
-                **decoding,
-                **options,
-            )
-    resized = None if augment is None else augment.config.image_size
-    height, width = (shape[1], shape[2]) if resized is None or isinstance(resized, int) else resized
+        train = reading.batches(readable["train"], held.get("train"), num_classes, batch_size, {**shared, **own})
+        batches["train"] = train
     return PreparedData(
         train=batches.get("train"),
         validation=batches.get("validation"),
@@ -200,11 +194,109 @@ def prepare_data(
         class_names=class_names,
         context_names=context_names,
         context_source=context_source,
-        input_size=(shape[0], height, width),
+        input_size=_input_size(reading.first_shape(held, readable), augment),
         mean=tuple(mean),
         std=tuple(std),
         skipped={name: decoded.skipped for name, decoded in held.items()},
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """Columns that are read, and options of decoding; arguments of ``prepare_data``, whose steps these are."""
+
+    image_column: str
+    label_column: str
+    decoding: dict[str, Any]
+    on_error: OnError
+    num_workers: int
+    progress: bool
+
+    def decode_within(self, splits: Any, budget: int) -> dict[str, DecodedImages]:
+        """Return the pixels of the splits that fit into ``budget`` bytes, by name."""
+        held = {}
+        for name in SPLITS:
+            split = splits.get(name)
+            if split is None or not isinstance(split, datasets.Dataset):
+                continue
+            if len(split) == 0:
+                raise DatasetError(f"split {name!r} has no rows")
+            size = math.prod(image_shape(split, self.image_column, **self.decoding)) * len(split)
+            if size > budget:
+                continue
+            held[name] = decode_images(
+                split,
+                self.image_column,
+                **self.decoding,
+                on_error=self.on_error,
+                num_workers=self.num_workers,
+                progress=f"decode {name}" if self.progress else None,
+            )
+            budget -= size
+        return held
+
+    def readable(self, splits: Any, held: dict[str, DecodedImages], *, has_source: bool) -> dict[str, Any]:
+        """Return the splits without rows known to be unreadable, which a context source must not meet either."""
+        readable = {}
+        for name, split in splits.items():
+            if name in held:
+                readable[name] = split.select(held[name].rows.numpy()) if held[name].skipped else split
+            else:
+                checked = self.on_error == "skip" and has_source
+                readable[name] = drop_corrupt_images(split, self.image_column) if checked else split
+        return readable
+
+    def mean_and_std(
+        self, held: dict[str, DecodedImages], train: Any, seed: int
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Measure each channel on the training split."""
+        sums = ChannelSums()
+        if "train" in held:
+            sums.update(held["train"].images)
+        else:
+            in_memory = isinstance(train, datasets.Dataset)
+            sample = take_shuffled(train, STATISTICS_IMAGES, seed) if in_memory else train.take(STATISTICS_IMAGES)
+            mode, size = self.decoding["image_mode"], self.decoding["decode_size"]
+            for rows, arrays in iter_decoded(sample, self.image_column, mode=mode, size=size, skip_corrupt=True):
+                if rows:
+                    sums.update(stack_arrays(arrays, rows))
+        return sums.mean_and_std()
+
+    def first_shape(self, held: dict[str, DecodedImages], splits: dict[str, Any]) -> tuple[int, int, int]:
+        """Return (C, H, W) of decoded images, the same for all splits held in memory."""
+        shapes = {name: tuple(decoded.images.shape[1:]) for name, decoded in held.items()}
+        if len(set(shapes.values())) > 1:
+            raise DatasetError(f"splits differ in the size of their images (C, H, W): {shapes}; give an image size")
+        if shapes:
+            channels, height, width = next(iter(shapes.values()))
+            return channels, height, width
+        return image_shape(next(iter(splits.values())), self.image_column, **self.decoding)
+
+    def batches(
+        self, split: Any, decoded: DecodedImages | None, num_classes: int, batch_size: int, options: BatchOptions
+    ) -> Batches:
+        """Return batches of a split: of its pixels, or else streamed."""
+        if decoded is not None:
+            labels = torch.from_numpy(read_labels(split, self.label_column, num_classes))
+            contexts = read_context_ids(split)
+            return DeviceBatches(decoded.images, labels, contexts, rows=decoded.rows, batch_size=batch_size, **options)
+        return StreamedBatches(
+            split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            on_error=self.on_error,
+            num_workers=self.num_workers,
+            batch_size=batch_size,
+            **self.decoding,
+            **options,
+        )
+
+
+def _input_size(shape: tuple[int, int, int], augment: Augmentation | None) -> tuple[int, int, int]:
+    """Return (C, H, W) of what the network gets: decoded images of this shape, resized by the augmentation."""
+    resized = None if augment is None else augment.config.image_size
+    height, width = shape[1:] if resized is None or isinstance(resized, int) else resized
+    return shape[0], height, width
 
 
 def _check_splits(
@@ -220,56 +312,6 @@ def _check_splits(
             raise ConfigError("mean and std are measured on the training split; there is none, so give both")
         if context_source is not None and not context_source.fitted:
             raise ConfigError("contexts are fitted on the training split; there is none, so give a fitted source")
-
-
-def _decode_within(
-    splits: Any,
-    image_column: str,
-    decoding: dict[str, Any],
-    budget: int,
-    on_error: OnError,
-    num_workers: int,
-    progress: bool,
-) -> dict[str, DecodedImages]:
-    """Pixels of the splits that fit the budget, by name."""
-    held = {}
-    for name in SPLITS:
-        split = splits.get(name)
-        if split is None or not isinstance(split, datasets.Dataset):
-            continue
-        if len(split) == 0:
-            raise DatasetError(f"split {name!r} has no rows")
-        size = math.prod(image_shape(split, image_column, **decoding)) * len(split)
-        if size > budget:
-            continue
-        held[name] = decode_images(
-            split,
-            image_column,
-            **decoding,
-            on_error=on_error,
-            num_workers=num_workers,
-            progress=f"decode {name}" if progress else None,
-        )
-        budget -= size
-    return held
-
-
-def _readable(
-    splits: Any,
-    held: dict[str, DecodedImages],
-    image_column: str,
-    on_error: OnError,
-    context_source: ContextSource | None,
-) -> dict[str, Any]:
-    """The splits without rows known to be unreadable, which a context source must not meet either."""
-    readable = {}
-    for name, split in splits.items():
-        if name in held:
-            readable[name] = split.select(held[name].rows.numpy()) if held[name].skipped else split
-        else:
-            checked = on_error == "skip" and context_source is not None
-            readable[name] = drop_corrupt_images(split, image_column) if checked else split
-    return readable
 
 
 def _classes(splits: dict[str, Any], label_column: str) -> tuple[tuple[str, ...] | None, int]:
@@ -289,44 +331,6 @@ def _classes(splits: dict[str, Any], label_column: str) -> tuple[tuple[str, ...]
             "cast it to datasets.ClassLabel(num_classes=...)"
         )
     return None, int(read_labels(split, label_column).max()) + 1
-
-
-def _measured(
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    held: dict[str, DecodedImages],
-    train: Any,
-    image_column: str,
-    decoding: dict[str, Any],
-    seed: int,
-) -> tuple[Sequence[float], Sequence[float]]:
-    """What is not given of mean and std, from the training split."""
-    sums = ChannelSums()
-    if "train" in held:
-        sums.update(held["train"].images)
-    else:
-        in_memory = isinstance(train, datasets.Dataset)
-        sample = take_shuffled(train, STATISTICS_IMAGES, seed) if in_memory else train.take(STATISTICS_IMAGES)
-        for rows, arrays in iter_decoded(
-            sample, image_column, mode=decoding["image_mode"], size=decoding["decode_size"], skip_corrupt=True
-        ):
-            if rows:
-                sums.update(stack_arrays(arrays, rows))
-    measured_mean, measured_std = sums.mean_and_std()
-    return measured_mean if mean is None else mean, measured_std if std is None else std
-
-
-def _first_shape(
-    held: dict[str, DecodedImages], splits: dict[str, Any], image_column: str, decoding: dict[str, Any]
-) -> tuple[int, int, int]:
-    """(C, H, W) of decoded images, the same for all splits held in memory."""
-    shapes = {name: tuple(decoded.images.shape[1:]) for name, decoded in held.items()}
-    if len(set(shapes.values())) > 1:
-        raise DatasetError(f"splits differ in the size of their images (C, H, W): {shapes}; give an image size")
-    if shapes:
-        channels, height, width = next(iter(shapes.values()))
-        return channels, height, width
-    return image_shape(next(iter(splits.values())), image_column, **decoding)
 
 
 def _augment_for(augment: Augmentation | None, training: bool) -> Augmentation | None:

@@ -102,36 +102,25 @@ def evaluate_protocols(
         InputTypeError: a batch is no dict of tensors, or a network gives no (n, C) logits.
     """
     ks = _checked_top_k(top_k)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigError(f"num_classes={num_classes!r}; a classifier has a whole number of classes, at least one")
-    network = None if model is None else context_network(model)
-    baselines = _named_baselines(baseline)
-    networks = ([] if network is None else [network]) + list(baselines.values())
-    if not networks:
-        raise ConfigError("nothing to evaluate: pass a patched model, a baseline, or both")
-    names = tuple(context_names or ()) if network is None else _context_names(network)
-    counts = None
-    if class_counts is not None:
-        counts = checked_class_counts(class_counts, num_classes=num_classes, num_contexts=len(names) or None)
-        names = names or tuple(f"context_{number}" for number in range(counts.shape[0]))
+    judged = _checked_networks(model, baseline, num_classes, class_counts, context_names)
     test_set = EvaluationSet(
         batches,
-        device=network_device(networks[0]),
+        device=network_device(judged.networks[0]),
         num_classes=num_classes,
-        num_contexts=len(names) or None,
+        num_contexts=len(judged.names) or None,
         accelerator=accelerator,
         progress=progress,
     )
-    score = Scorer(num_classes)
+    score, network = Scorer(num_classes), judged.network
     protocols: list[Protocol] = []
-    leak_rows = leak_check(score, baselines, counts)
+    leak_rows = leak_check(score, judged.baselines, judged.counts)
     with ExitStack() as restored, torch.no_grad():
-        for used in networks:
+        for used in judged.networks:
             restored.enter_context(evaluating(used))
         if network is not None:
             protocols.append(true_contexts(score, network))
             if fixed_contexts:
-                protocols += [fixed_context(score, network, number, name) for number, name in enumerate(names)]
+                protocols += [fixed_context(score, network, number, name) for number, name in enumerate(judged.names)]
             protocols += [plus(score, network, stats, scale) for stats, scale in _checked_pairs(plus_settings)]
             protocols.append(predicted(score, network, source, mean, std))
             protocols.append(averaged(score, network, max_average_contexts))
@@ -139,9 +128,56 @@ def evaluate_protocols(
         if network is not None:
             wrong, records = _run_shuffled(score, network, test_set, records, seed)
             protocols.append(wrong)
-    protocols += leak_rows
+    return _report([*protocols, *leak_rows], records, judged, num_classes, ks, test_set.largest_batch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """The networks of an evaluation: the one with contexts, baselines by name, contexts' names, and class counts."""
+
+    network: nn.Module | None
+    baselines: dict[str, nn.Module]
+    names: tuple[str, ...]
+    counts: Tensor | None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All of them."""
+        return ([] if self.network is None else [self.network]) + list(self.baselines.values())
+
+
+def _checked_networks(
+    model: nn.Module | None,
+    baseline: nn.Module | Mapping[str, nn.Module] | None,
+    num_classes: int,
+    class_counts: Any,
+    context_names: Sequence[str] | None,
+) -> _Judged:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError(f"num_classes={num_classes!r}; a classifier has a whole number of classes, at least one")
+    network, baselines = None if model is None else context_network(model), _named_baselines(baseline)
+    if network is None and not baselines:
+        raise ConfigError("nothing to evaluate: pass a patched model, a baseline, or both")
+    names = tuple(context_names or ()) if network is None else _context_names(network)
+    counts = None
+    if class_counts is not None:
+        counts = checked_class_counts(class_counts, num_classes=num_classes, num_contexts=len(names) or None)
+        names = names or tuple(f"context_{number}" for number in range(counts.shape[0]))
+    return _Judged(network=network, baselines=baselines, names=names, counts=counts)
+
+
+def _report(
+    protocols: Sequence[Protocol],
+    records: Records,
+    judged: _Judged,
+    num_classes: int,
+    ks: tuple[int, ...],
+    largest_batch: int,
+) -> ProtocolReport:
+    """Return the rows that the records give, and what they say together."""
+    counts = judged.counts
     records = _fill_context_only(protocols, records, counts)
-    rows = tuple(_row(protocol, records, ks, num_classes, names, test_set.largest_batch) for protocol in protocols)
+    rows = tuple(_row(protocol, records, ks, num_classes, judged.names, largest_batch) for protocol in protocols)
     right = {row.name: top_k_correct(records.ranks[row.name], num_classes, ks[0]) for row in rows if row.available}
     return ProtocolReport(
         rows=rows,
