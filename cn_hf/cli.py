@@ -51,8 +51,9 @@ def run_app(application: typer.Typer) -> None:
             time.sleep(_OTHER_PROCESS_PATIENCE)
         if not isinstance(error, CnHfError):
             raise
-        where = f" [process {rank}]" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        if not error.said_elsewhere:
+            where = f" [process {rank}]" if rank else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

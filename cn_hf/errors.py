@@ -34,7 +34,13 @@ _MOST_TOLD, _MOST_COMPARED = 120, 10_000  # of known names: an error is to be re
 
 
 class CnHfError(Exception):
-    """Base class of every error raised by cn_hf on purpose."""
+    """Base class of every error raised by cn_hf on purpose.
+
+    Attributes:
+        said_elsewhere: True if another process of the run raises the same error, and prints it.
+    """
+
+    said_elsewhere: bool = False
 
 
 class ConfigError(CnHfError, ValueError):

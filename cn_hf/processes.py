@@ -66,7 +66,7 @@ def together(function: Callable[[], Result]) -> Result:
         raise own
     for rank, problem in enumerate(problems):
         if problem is not None:
-            raise type(problem)(f"process {rank}: {problem}")
+            raise _said_elsewhere(type(problem)(f"process {rank}: {problem}"))
     return result
 
 
@@ -85,7 +85,7 @@ def on_main(function: Callable[[], Result]) -> Result:
     if own is not None:
         raise own
     if outcome[1] is not None:
-        raise outcome[1]
+        raise _said_elsewhere(outcome[1])
     result: Result = outcome[0]
     return result
 
@@ -122,6 +122,11 @@ def _as_sent(error: Exception) -> CnHfError:
     if isinstance(error, CnHfError):
         return type(error)(str(error))
     return TrainingError(f"{type(error).__name__}: {error}")
+
+
+def _said_elsewhere(error: CnHfError) -> CnHfError:
+    error.said_elsewhere = True
+    return error
 
 
 def _sending_device(device: torch.device) -> torch.device:

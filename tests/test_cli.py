@@ -66,6 +66,15 @@ def test_an_error_is_one_message_and_exit_code_1() -> None:
     assert finished.stdout == ""
 
 
+def test_an_error_that_another_process_prints_is_not_printed_twice() -> None:
+    raising = 'raise ConfigError("the option is wrong")'
+    marked = "error = ConfigError('x'); error.said_elsewhere = True; raise error"
+    assert raising in FAILING
+    finished = run("-c", FAILING.replace(raising, marked), RANK="1")
+    assert finished.returncode == 1
+    assert finished.stderr == ""
+
+
 def test_another_process_speaks_late_and_says_which_it_is() -> None:
     started = time.monotonic()
     finished = run("-c", FAILING, RANK="1")

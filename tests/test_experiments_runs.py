@@ -28,6 +28,7 @@ from cn_hf.experiments.report import write_report
 from cn_hf.experiments.runner import reproduce_experiment
 from cn_hf.experiments.spec import BUDGETS, Experiment, read_experiment
 from cn_hf.training.config import TrainingConfig
+from cn_hf.training.run_folder import held_folder
 
 TINY = {
     "title": "Tiny: dots in three colours",
@@ -274,6 +275,10 @@ def test_a_cell_that_another_process_is_at_is_passed_over(
     first, second = (with_options(cell, epochs=1) for cell in tiny_cells(tiny, dots, tmp_path)[:2])
     first.folder.parent.mkdir(parents=True)
     with FileLock(first.folder.parent / f".{first.name}.lock"):
+        run([first, second])
+    assert trained == [second.name]
+    assert f"{first.name} is run by another process" in capsys.readouterr().out
+    with held_folder(first.folder):  # by a command that trains this one run
         run([first, second])
     assert trained == [second.name]
     assert f"{first.name} is run by another process" in capsys.readouterr().out

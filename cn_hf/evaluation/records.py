@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cn_hf.errors import DatasetError
+from cn_hf.processes import gathered
 
 __all__ = ["Records", "SampleRecorder"]
 
@@ -84,12 +85,7 @@ class SampleRecorder:
                 different labels, or twice in one process alone.
         """
         columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        shares = [columns]
-        if self._several:
-            from accelerate.utils import gather_object
-
-            shares = gather_object([columns])
-        shares = [share for share in shares if share]
+        shares = [share for share in (gathered([columns]) if self._several else [columns]) if share]
         total = sum(share["labels"].numel() for share in shares)
         if total == 0:
             raise DatasetError("the test set gave no samples; check the split's name and its length")
