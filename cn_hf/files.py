@@ -15,6 +15,7 @@ from typing import Any
 from cn_hf.errors import CheckpointError
 
 __all__ = [
+    "MOST_YAML",
     "check_regular",
     "read_bounded",
     "read_description",
@@ -27,6 +28,8 @@ __all__ = [
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _MOST_BYTES, _MOST_VALUES = 1 << 25, 1_000_000  # of a file read as text: results of 100,000 images need 6 MB
+MOST_YAML = 100_000
+"""Bytes of a configuration in YAML, which takes a second to parse when it is as long."""
 
 
 @contextmanager

@@ -29,9 +29,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import cn_hf
 from cn_hf.contexts import BrightnessContexts, ClusterContexts, ContextSource
 from cn_hf.errors import CheckpointError, ConfigError
+from cn_hf.experiments.spec import read_experiment
 from cn_hf.files import read_json
 from cn_hf.hub.inspection import inspect_checkpoint
 from cn_hf.hub.transformers_config import ContextConfig
+from cn_hf.training.config import read_options_file
 
 DESCRIPTION, CONFIG = "context_norm.json", "config.json"
 VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 5}
@@ -335,3 +337,12 @@ def test_saving_tries_the_road_that_loading_takes(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="cannot be built again"):
         cn_hf.save_pretrained(model, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "a: [" + "0, " * 10**6 + "]"], ids=["nested", "long"])
+def test_yaml_from_outside_is_bounded(text, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    for read in (read_options_file, lambda path: read_experiment(path.stem, path.parent)):
+        with pytest.raises(ConfigError):
+            read(file)

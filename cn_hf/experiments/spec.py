@@ -18,6 +18,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from cn_hf.errors import ConfigError, nearest
+from cn_hf.files import MOST_YAML, read_bounded
 from cn_hf.validation import Count, Number, Options, Text, Texts, one_of, several, validated
 
 if TYPE_CHECKING:
@@ -223,8 +224,8 @@ def _shipped() -> Path:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_bounded(file, MOST_YAML).decode())
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file.name} must be a mapping, got {type(values).__name__}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 
 from cn_hf.errors import ConfigError, nearest
+from cn_hf.files import MOST_YAML, read_bounded
 from cn_hf.validation import (
     Count,
     Flag,
@@ -297,7 +298,7 @@ def read_yaml_options(text: str, *, source: str = "a training config") -> dict[s
     """
     try:
         options = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
     return _mapping({} if options is None else options, source=source)
 
@@ -309,7 +310,7 @@ def read_options_file(path: str | Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, or does not hold a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bounded(Path(path), MOST_YAML).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {str(path)!r}: {error}") from error
     return read_yaml_options(text, source=f"the config file {str(path)!r}")
