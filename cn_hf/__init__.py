@@ -78,6 +78,23 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    # isort: off
+    from cn_hf import (
+        adaptation as adaptation,
+        contexts as contexts,
+        data as data,
+        errors as errors,
+        evaluation as evaluation,
+        hub as hub,
+        models as models,
+        norm as norm,
+        patching as patching,
+        reading as reading,
+        recipes as recipes,
+        training as training,
+    )
+
+    # isort: on
     from cn_hf.adaptation import adapt
     from cn_hf.errors import CnHfError, ConfigError, ContextIdError, PatchError
     from cn_hf.hub import from_pretrained, push_to_hub, save_pretrained
@@ -99,12 +116,14 @@ if TYPE_CHECKING:
     from cn_hf.patching.restyle import restyle
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"cn_hf.{name}")
-    raise AttributeError(f"module 'cn_hf' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME_OF:
+            return getattr(importlib.import_module(_HOME_OF[name]), name)
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"cn_hf.{name}")
+        raise AttributeError(f"module 'cn_hf' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -41,6 +41,7 @@ FULL = {
     "plus_stats": "batch",
     "plus_scale": "sqrt_t",
     "plus_posterior": "sample",
+    "view_order": "view",
     "momentum": 0.2,
     "em_iterations": 3,
     "em_vectors": 99,

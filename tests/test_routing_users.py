@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import inspect
 import pickle
 import threading
 from types import SimpleNamespace
@@ -18,7 +21,6 @@ from torch import Tensor, nn
 import cn_hf
 from cn_hf.contexts import BrightnessContexts, ClusterContexts, ColumnContexts, OriginContexts, RuleContexts
 from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
-from cn_hf.patching.routing import router_of
 
 
 def vit(**options: Any) -> nn.Module:
@@ -29,7 +31,7 @@ def vit(**options: Any) -> nn.Module:
 def test_a_mode_for_norms_of_another_kind_is_advised() -> None:
     for where in ("norms", "paper"):
         with pytest.raises(PatchError, match="mode='cn-channels'"):
-            cn_hf.patch_model(timm.create_model("test_resnet"), where=where, num_contexts=2)
+            cn_hf.patch_model(timm.create_model("test_resnet"), "cn-patches", where=where, num_contexts=2)
     with pytest.raises(PatchError, match="Its norms are those of mode='cn-patches'"):
         cn_hf.patch_model(timm.create_model("test_vit"), mode="cn-channels", where="norms", num_contexts=2)
 
@@ -236,15 +238,6 @@ def test_threads_that_share_a_model_keep_their_contexts(inference: str) -> None:
     assert max(errors) <= 1e-5
 
 
-def test_a_shared_lock_is_neither_copied_nor_pickled() -> None:
-    model = cn_hf.patch_model(timm.create_model("test_vit", num_classes=5))
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    locks = {id(router_of(each).lock) for each in (model, *copies)}
-    assert len(locks) == 3
-    for each in copies:
-        each.eval()(torch.randn(1, 3, 160, 160), context_ids=0)
-
-
 # ------------------------------------------------------------------------------------------------ several inputs, names
 
 
@@ -317,3 +310,269 @@ def test_trainer_gives_the_parameters_of_contexts_no_weight_decay(tmp_path: Any,
         assert bool(added) == patched
     assert decayed[0] == decayed[1]
     assert decayed[0] < names
+
+
+# --------------------------------------------------------------------------------------- methods and parts of the root
+
+
+def clip(**options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = small | {"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 1, "bos_token_id": 0}
+    config = transformers.CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8})
+    model = cn_hf.patch_model(transformers.CLIPModel(config).eval(), context_names=["night", "day"], **options)
+    return tell_apart(model)
+
+
+def pooled(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("make", "name", "keyword", "value"),
+    [
+        (clip, "get_image_features", "pixel_values", torch.randn(3, 3, 16, 16)),
+        (clip, "get_text_features", "input_ids", torch.randint(2, 20, (3, 6))),
+        (lambda: tell_apart(vit()), "forward_features", "x", torch.randn(3, 3, 160, 160)),
+        (lambda: tell_apart(vit()), "forward_intermediates", "x", torch.randn(3, 3, 160, 160)),
+    ],
+    ids=["image features", "text features", "forward_features", "forward_intermediates"],
+)
+def test_methods_of_the_root_take_ids(make: Any, name: str, keyword: str, value: torch.Tensor) -> None:
+    model = make()
+    method = getattr(model, name)
+    assert "context_ids" in inspect.signature(method).parameters
+    first = (lambda output: output[0]) if name == "forward_intermediates" else pooled
+    out = first(method(**{keyword: value}, context_ids=[0, 1, 0]))
+    for sample, context in enumerate((0, 1, 0)):
+        alone = first(method(**{keyword: value[sample : sample + 1]}, context_ids=context))
+        torch.testing.assert_close(out[sample : sample + 1], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, first(method(**{keyword: value}, context_ids=1)), atol=1e-4)
+    with cn_hf.use_contexts(model, [0, 1, 0]):
+        assert torch.equal(first(method(**{keyword: value})), out)
+        assert torch.equal(first(method(value)), out)
+    for wrong in ([0, 2, 0], [0, 1], "nihgt"):
+        with pytest.raises(ContextIdError):
+            method(**{keyword: value}, context_ids=wrong)
+
+
+def test_methods_without_tensors_are_as_they_were() -> None:
+    model = vit()
+    with cn_hf.use_contexts(model, 1):
+        model.set_grad_checkpointing(True)
+        model.reset_classifier(3)
+        assert model.get_classifier() is model.head
+    with pytest.raises(TypeError):
+        model.reset_classifier(3, context_ids=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_generated_texts_take_names(given: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.ViTConfig(**small, image_size=16, patch_size=8)
+    decoder = transformers.BertConfig(
+        **small, vocab_size=20, max_position_embeddings=16, is_decoder=True, add_cross_attention=True
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    torch.manual_seed(0)
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    model.generation_config.update(decoder_start_token_id=2, pad_token_id=0, eos_token_id=1)
+    tell_apart(cn_hf.patch_model(model, context_names=["night", "day"]), 1.0)
+    x, names = torch.randn(3, 3, 16, 16), ["day", "night", "day"]
+    options = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True, **given}
+    out = model.generate(x, context_ids=names, **options)
+    for other in (torch.tensor([1, 0, 1]), [1, 0, 1]):
+        assert torch.equal(model.generate(pixel_values=x, context_ids=other, **options).sequences, out.sequences)
+    several = given.get("num_beams", 1)
+    for sample, name in enumerate(names):
+        alone = model.generate(x[sample : sample + 1], context_ids=name, **options)
+        part = out.scores[0][sample * several : (sample + 1) * several]
+        torch.testing.assert_close(part, alone.scores[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model.generate(x, context_ids="day", **options).scores[0], out.scores[0], atol=1e-3)
+    with pytest.raises(ContextIdError, match="2 context_ids for a batch of 3"):
+        model.generate(x, context_ids=names[:2], **options)
+
+
+class Holder(nn.Module):
+    """A user's module around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.net(x)
+
+
+def transformers_vit() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def test_parts_refuse_ids() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = cn_hf.patch_model(transformers_vit(), num_contexts=2)
+    holder = cn_hf.patch_model(Holder(transformers_vit()), num_contexts=2)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+    hidden = torch.randn(2, 5, 16)
+    for part, given in (
+        (model.base_model, x),
+        (model.vit, x),
+        (clip().vision_model, x),
+        (layer, hidden),
+        (holder.net, x),
+    ):
+        expected = part(given)
+        for ids in ([0, 1], [9, 9]):
+            with pytest.raises(ContextIdError, match=f"received them for its part {type(part).__name__}"):
+                part(given, context_ids=ids)
+        torch.testing.assert_close(part(given, context_ids=None)[0], expected[0])
+    with pytest.raises(TypeError):
+        cn_hf.patch_model(Holder(timm.create_model("test_vit"))).net(torch.randn(1, 3, 160, 160), context_ids=0)
+    assert pickle.loads(pickle.dumps(model)).vit._forward_pre_hooks
+    plain = cn_hf.fold_context(copy.deepcopy(model), 0)
+    for each in (plain, cn_hf.unpatch_model(model)):
+        assert not any(module._forward_pre_hooks for module in each.modules())
+
+
+def test_a_model_with_adapters_is_refused_with_the_way_that_works() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["qkv"])
+    adapted = peft.get_peft_model(timm.create_model("test_vit"), lora)
+    for model in (adapted, adapted.base_model, Holder(adapted)):
+        with pytest.raises(InputTypeError, match=r"get_peft_model\(patch_model\(model, \.\.\.\), peft_config\)"):
+            cn_hf.patch_model(model)
+    model = peft.get_peft_model(tell_apart(cn_hf.patch_model(timm.create_model("test_vit"))).eval(), lora)
+    x = torch.randn(2, 3, 160, 160)
+    expected = model(x, context_ids=[0, 1])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x, context_ids=[0, 1]), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged(x, context_ids=0), expected, atol=1e-4)
+    cn_hf.unpatch_model(merged)
+
+
+def test_there_is_a_way_back_from_a_part() -> None:
+    x = torch.randn(1, 3, 160, 160)
+    net = timm.create_model("test_vit").eval()
+    expected = net(x)
+    holder = cn_hf.patch_model(Holder(net))
+    with pytest.raises(PatchError, match="the model that was patched, a Holder, received a VisionTransformer"):
+        cn_hf.unpatch_model(net)
+    assert len(cn_hf.patch_report(holder)) == 13
+    copied = copy.deepcopy(net)
+    assert torch.equal(cn_hf.unpatch_model(copied)(x), expected)
+    assert len(cn_hf.patch_report(holder)) == 13
+    del holder
+    gc.collect()
+    with pytest.raises(PatchError, match="already patched; call unpatch_model"):
+        cn_hf.patch_model(net)
+    assert cn_hf.unpatch_model(net) is net
+    assert torch.equal(net(x), expected)
+    cn_hf.patch_model(net)(x, context_ids=1)
+    with pytest.raises(PatchError, match="not a patched model"):
+        cn_hf.unpatch_model(timm.create_model("test_vit"))
+
+
+def test_scripting_says_why_it_is_refused() -> None:
+    for model in (vit(), nn.Sequential(vit()), nn.Sequential(vit().norm)):
+        with pytest.raises(PatchError, match=r"torch\.jit\.script cannot compile a patched model"):
+            torch.jit.script(model)
+
+
+def test_a_wrapped_forward_has_the_signature_of_the_bound_one() -> None:
+    model = transformers_vit()
+    names = [*inspect.signature(model.forward).parameters]
+    cn_hf.patch_model(model)
+
+    @functools.wraps(model.forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    partial = functools.update_wrapper(functools.partial(wrapped), model.forward)
+    for forward in (model.forward, wrapped, partial):
+        assert [name for name in inspect.signature(forward).parameters if name != "context_ids"] == names
+        assert "context_ids" in inspect.signature(forward).parameters
+    assert next(iter(inspect.signature(type(model).forward).parameters)) == "self"
+    model.forward = wrapped
+    assert [*inspect.signature(model.forward).parameters][:1] == names[:1]
+
+
+def test_a_list_of_images_is_told_where_contexts_belong() -> None:
+    class Detector(Holder):
+        def forward(self, images: list[torch.Tensor]) -> Any:  # type: ignore[override]
+            return super().forward(torch.stack([image * 2 for image in images]))
+
+    images = [torch.randn(3, 160, 160) for _ in range(2)]
+    model = tell_apart(cn_hf.patch_model(Detector(timm.create_model("test_vit")).eval()))
+    with pytest.raises(InputTypeError, match=r"received a list of 2 tensors.*patch_model\(model\.backbone\)"):
+        model(images, context_ids=[0, 1])
+    with pytest.raises(InputTypeError, match="a list of 2 tensors"), cn_hf.use_contexts(model, [0, 1]):
+        model(images)
+    cn_hf.unpatch_model(model)
+    tell_apart(cn_hf.patch_model(model.net))
+    with cn_hf.use_contexts(model.net, [0, 1]):
+        out = model(images)
+    torch.testing.assert_close(out, model.net(torch.stack(images) * 2, context_ids=[0, 1]))
+
+
+# ------------------------------------------------------------------------------------------------------ several views
+
+
+class TwoViews(nn.Module):
+    """Two views of a batch, one after another, as SimCLR has them, or side by side."""
+
+    def __init__(self, order: str = "view") -> None:
+        super().__init__()
+        self.order, self.stem = order, nn.Linear(5, 6)
+        self.norm, self.windows, self.head = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+        views = torch.cat([x1, x2]) if self.order == "view" else torch.stack([x1, x2], dim=1).flatten(0, 1)
+        x = self.norm(self.stem(views))
+        x = self.windows(x.unflatten(1, (2, 2)).flatten(0, 1)).unflatten(0, (len(views), 2)).flatten(1, 2)
+        return self.head(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["view", "batch"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_views_of_a_batch(order: str, soft: bool) -> None:
+    model = tell_apart(cn_hf.patch_model(TwoViews(order).eval(), num_contexts=3, view_order=order))
+    x1, x2, ids = torch.randn(3, 4, 5), torch.randn(3, 4, 5), [2, 0, 1]
+    alone = [model(x1[i : i + 1], x2[i : i + 1], context_ids=context) for i, context in enumerate(ids)]
+    expected = torch.stack(alone, dim=1 if order == "view" else 0).flatten(0, 1)
+    of_views = ids * 2 if order == "view" else [context for context in ids for _ in range(2)]
+    given, given_views = (torch.eye(3)[form] if soft else form for form in (ids, of_views))
+    out = model(x1, x2, context_ids=given)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(x1, x2, context_ids=given_views), expected, atol=1e-5, rtol=1e-5)
+    with cn_hf.use_contexts(model, given_views):
+        torch.testing.assert_close(model(x1, x2), expected, atol=1e-5, rtol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x1, x2, context_ids=torch.as_tensor(given)), expected, atol=1e-5, rtol=1e-5)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(copied(x1, x2, context_ids=given), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ids_of_views_that_the_layers_do_not_meet() -> None:
+    model, x = cn_hf.patch_model(TwoViews().eval(), num_contexts=3), torch.randn(3, 4, 5)
+    with pytest.raises(ContextIdError, match=r"12 context_ids for a batch of 3 samples.* met 6, which"):
+        model(x, x, context_ids=[0, 1, 2] * 4)
+    with pytest.raises(ContextIdError, match="7 context_ids for a batch of 3 samples"):
+        model(x, x, context_ids=[0, 1, 2, 0, 1, 2, 0])
+    assert torch.equal(model(x, x, context_ids=[0, 1, 2]), model(x, x, context_ids=torch.tensor([0, 1, 2])))
+
+
+def test_the_order_of_views_is_saved(tmp_path: Any) -> None:
+    assert cn_hf.ContextNormConfig.from_dict({}).view_order == "batch"
+    with pytest.raises(ConfigError, match="view_order='views' is unknown; did you mean 'view'"):
+        cn_hf.patch_model(TwoViews(), view_order="views")
+    model = cn_hf.patch_model(timm.create_model("test_vit"), view_order="view")
+    cn_hf.save_pretrained(model, tmp_path / "model")
+    assert cn_hf.from_pretrained(tmp_path / "model").context_config.view_order == "view"

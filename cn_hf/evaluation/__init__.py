@@ -64,10 +64,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(f"cn_hf.evaluation.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module 'cn_hf.evaluation' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME_OF:
+            return getattr(importlib.import_module(f"cn_hf.evaluation.{_HOME_OF[name]}"), name)
+        raise AttributeError(f"module 'cn_hf.evaluation' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -52,7 +52,7 @@ def context_network(model: nn.Module) -> nn.Module:
         raise PatchError(
             f"the model is patched with mode {router.config.mode!r}, which has no contexts; pass it as baseline=..."
         )
-    if router.default is not None:
+    if router.calls.block() is not None:
         raise PatchError("evaluation gives the contexts itself; call it outside of use_contexts")
     return network
 

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("cn_hf.hub.checkpoint"), name)
-    raise AttributeError(f"module 'cn_hf.hub' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(importlib.import_module("cn_hf.hub.checkpoint"), name)
+        raise AttributeError(f"module 'cn_hf.hub' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ __all__ = ["BASELINES", "CN_MODES", "MODES", "ContextNormConfig"]
 BASELINES = ("bn", "mn")
 CN_MODES = ("cn-patches", "cn-channels", "cn")
 MODES = (*CN_MODES, "dsbn", *BASELINES)  # all but the baselines are told contexts
+VIEW_ORDERS = ("batch", "view")
 INFERENCE = (*CHOICES["inference"], "predict", "average")
 
 
@@ -41,6 +42,8 @@ class ContextNormConfig:
         plus_scale: CN+ factor, ``"none"`` or the paper's ``"sqrt_t"``.
         plus_posterior: CN+ posteriors, ``"sample"`` (one for all vectors of a sample) or the paper's ``"vector"``, as
             which a config without the field is read.
+        view_order: how a forward that concatenates k views of its batch orders them: ``"batch"``, all views of a sample
+            side by side, or ``"view"``, all samples of a view (``torch.cat([x1, x2])``).
         sparse: sparse gradients for what has a row a context (see ``ContextNorm``): for many contexts.
         momentum: of the running statistics of ``"bn"``, ``"mn"`` and ``"dsbn"``.
         em_iterations: EM iterations a training step of ``"mn"``.
@@ -62,6 +65,7 @@ class ContextNormConfig:
     plus_stats: str = "learned"
     plus_scale: str = "none"
     plus_posterior: str = "vector"
+    view_order: str = "batch"
     sparse: bool = False
     momentum: float = 0.1
     em_iterations: int = 2
@@ -75,6 +79,7 @@ class ContextNormConfig:
         """
         check_choice("mode", self.mode, MODES)
         check_choice("inference", self.inference, INFERENCE)
+        check_choice("view_order", self.view_order, VIEW_ORDERS)
         for option in ("parametrization", "variance_activation", "init", "plus_stats", "plus_scale", "plus_posterior"):
             check_choice(option, getattr(self, option))
         for option, least in (("num_contexts", 1), ("em_iterations", 1), ("em_vectors", 1), ("embedding_dim", 1)):

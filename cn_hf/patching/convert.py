@@ -41,6 +41,7 @@ from cn_hf.patching.transformers_norms import (
 
 __all__ = ["MIXING", "NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
 
+AFFINE = ("weight", "bias")
 NORMALIZERS = (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -211,10 +212,13 @@ class Slot(Swapped):
         return self._call(x, ids, weight=weight, bias=bias)
 
     def _call(self, x: Tensor, ids: Tensor | None, **options: Any) -> Tensor:
-        """Call the normalizer as a module: hooks on it, such as those that fetch offloaded weights, must run."""
+        """Call the normalizer, as a module where hooks on it, such as those that fetch offloaded weights, must run."""
+        norm = self._modules["normalizer"]  # type: ignore[attr-defined]  # of nn.Module
+        if type(norm) is ContextNorm and not _is_hooked(norm):
+            return norm.normalize(x, ids, **options)
         if ids is not None:
             options |= {"context_ids": ids, "checked": True}
-        return cast(Tensor, self.normalizer(x, **options))
+        return cast(Tensor, norm(x, **options))
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Refuse what conversions of batch norms would put in the normalizer's place."""
@@ -286,25 +290,20 @@ class SampleNormSlot(Slot):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise each sample, normalise by context, scale and shift."""
-        affine = {"weight": getattr(self, "weight", None), "bias": getattr(self, "bias", None)}
-        dtype = statistics_dtype(x)
-        norm, standardize = self.normalizer, self.entry.standardize
-        if isinstance(standardize, PerVector) and isinstance(norm, ContextNorm) and self._in_one_pass(x):
-            y = self._call(x, self._context_ids(x), **affine, standardize=standardize.of(self, dtype))
-        else:
-            wide = x.to(dtype)
-            y = self._normalize(self.entry.standardized(self, wide) if self.keep_statistics else wide, **affine)
+        parameters = self._parameters  # type: ignore[attr-defined]  # of nn.Module
+        affine = {name: parameters[name] if name in parameters else getattr(self, name, None) for name in AFFINE}
+        norm, router = self._modules["normalizer"], self.router  # type: ignore[attr-defined]  # of nn.Module
+        one_pass = self.entry.standardize if isinstance(norm, ContextNorm) and router.observer is None else None
+        dtype, ids = statistics_dtype(x), None
+        if isinstance(one_pass, PerVector) and self.keep_statistics:
+            if not self.near_sequence_first or not router.is_sequence_first(x):
+                ids = self._context_ids(x)
+            if ids is not None:
+                y = self._call(x, ids, **affine, standardize=one_pass.of(self, dtype))
+                return _finish(self, y.to(x.dtype), self.entry.fused)
+        wide = x.to(dtype)
+        y = self._normalize(self.entry.standardized(self, wide) if self.keep_statistics else wide, **affine)
         return _finish(self, y.to(x.dtype), self.entry.fused)
-
-    def _in_one_pass(self, x: Tensor) -> bool:
-        """Whether nobody needs to see what is between the standardisation and the normalizer."""
-        router = self.router
-        return (
-            self.keep_statistics
-            and router.observer is None
-            and not (self.near_sequence_first and router.is_sequence_first(x))
-            and router.ids_for(x) is not None
-        )
 
 
 class StoredNormSlot(Slot, nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,27 @@ from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_nam
 from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_new_norms, find_targets, fitting_mode
 from cn_hf.patching.router import ContextRouter
-from cn_hf.patching.routing import RoutedModel, add_root_mixin, routed_class, router_of
+from cn_hf.patching.routing import (
+    RoutedModel,
+    accept_ids_of_parts,
+    add_root_mixin,
+    refuse_ids_of_parts,
+    routed_class,
+    router_of,
+)
 from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
 
 __all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's reparameterize_model calls
 _UNHOOK = "Take accelerate's hooks off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+M = TypeVar("M", bound=nn.Module)
+_ADAPTED = ("peft.peft_model.PeftModel", "peft.mixed_model.PeftMixedModel", "peft.tuners.tuners_utils.BaseTuner")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel")
 
 
 def patch_model(
-    model: nn.Module,
+    model: M,
     mode: str | None = None,
     *,
     num_contexts: int | None = None,
@@ -36,7 +45,7 @@ def patch_model(
     context_names: Sequence[str] | None = None,
     config: ContextNormConfig | None = None,
     **options: Any,
-) -> nn.Module:
+) -> M:
     """Make a model context-aware, in place: its ``forward`` takes ``context_ids`` as one more keyword.
 
     Right after patching (default ``init``) the evaluation output equals the original's for every context and without
@@ -89,6 +98,7 @@ def patch_model(
     apply_inference(model, config)
     _set_fast_paths(model)
     _guard_fusing(model)
+    refuse_ids_of_parts(model)
     if unseen and config.mode in CN_MODES:
         warnings.warn(
             f"{len(unseen)} batch norms (first: {unseen[0]}) never saw data, so their contexts start from mean 0 and "
@@ -99,7 +109,7 @@ def patch_model(
     return model
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"patch_model expects a torch.nn.Module, received {type(model).__name__}.")
     if type(model).__name__ in WRAPPERS or isinstance(model, torch.jit.ScriptModule):
@@ -113,6 +123,11 @@ def _check_model(model: nn.Module) -> None:
             "patch the model before adding hooks to it (accelerate's prepare and dispatch_model do)."
         )
     for name, module in model.named_modules():
+        if any(qualified_name(ancestor) in _ADAPTED for ancestor in type(module).__mro__):
+            raise InputTypeError(
+                f"Expected a model without adapters, received a {type(module).__name__}, which hands out the model "
+                "inside it. Patch that one first: get_peft_model(patch_model(model, ...), peft_config)."
+            )
         if isinstance(module, (RoutedModel, Slot)):
             raise PatchError(
                 f"{name or type(model).__name__} is already patched; call unpatch_model on the patched model first."
@@ -296,21 +311,22 @@ add_root_mixin("reset_classifier", WithClassifier)
 # -------------------------------------------------------------------------------------------------------- the way back
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: M) -> M:
     """Give a patched model its original modules back, in place: bit-equal if nothing was trained.
 
     Affine weights stay as trained; what the contexts learned is dropped.
 
     Args:
-        model: a patched model.
+        model: a patched model, or a part of one that is gone.
 
     Returns:
         The same object.
 
     Raises:
-        PatchError: the model is not patched, or hooked by accelerate.
+        PatchError: the model is not patched, is a part of one that is, or is hooked by accelerate.
     """
-    router_of(model)
+    if not isinstance(model, RoutedModel):
+        _check_has_no_root(model)
     for name, module in model.named_modules():
         if has_other_forward(module) and isinstance(module, (RoutedModel, Slot)):
             raise PatchError(
@@ -325,6 +341,19 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             del module.cn_hf_fast_path
     restore_root(model)
     return model
+
+
+def _check_has_no_root(model: nn.Module) -> None:
+    slots = [module for module in model.modules() if isinstance(module, Slot)]
+    if not slots:
+        router_of(model)
+    for slot in slots:
+        root = None if slot.router.root is None else slot.router.root()
+        if root is not None and any(module is slot for module in root.modules()):
+            raise PatchError(
+                f"Expected the model that was patched, a {type(root).__name__}, received a {type(model).__name__}, "
+                "which shares layers with it. Call unpatch_model on the patched model."
+            )
 
 
 def restore_slot(slot: Slot) -> None:
@@ -342,8 +371,10 @@ def restore_root(model: nn.Module) -> None:
         for method in FUSING:
             if module.__dict__.get(method) is refuse_fusing:
                 delattr(module, method)
-    del model.router
-    swap_class(model, cast(RoutedModel, model).original_class)
+    accept_ids_of_parts(model)
+    if isinstance(model, RoutedModel):  # no part of a model that is gone
+        del model.router
+        swap_class(cast(nn.Module, model), model.original_class)
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting

@@ -1,4 +1,4 @@
-"""What the layers of one patched model share: its configuration, and the context ids of the call that is running.
+"""What the layers of one patched model share: its configuration, and the context ids of its calls.
 
 Shape legend: ``N`` samples, ``T`` contexts.
 """
@@ -6,16 +6,15 @@ Shape legend: ``N`` samples, ``T`` contexts.
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextIdError
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
-from cn_hf.norm.synchronized import recomputing
+from cn_hf.patching.calls import Call, Calls
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.moments import StoredMoments
 
@@ -39,19 +38,15 @@ class SlotObserver(Protocol):
 
 
 class ContextRouter:
-    """What the layers of one patched model share: the config, and the ids of the call that is running.
+    """What the layers of one patched model share: the config, and the ids of its calls.
 
     Attributes:
         config: the model's configuration.
-        ids: checked ids of the running call, or None.
-        backward_ids: ids of the call whose part of the graph runs backward, for activation checkpointing, or None.
-        num_texts: in the running call, of a model that takes images and texts, or None.
-        default: ids of the enclosing ``use_contexts``, or None.
+        calls: the calls that run, and those that graphs were made in.
         source: a context source for ``"predict"``, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
         pixel_std: standard deviation they were divided by.
         task: what the model was trained for, as its checkpoint says; None if nobody said.
-        lock: held by the thread whose call is running.
         observer: normalises in the slots' place while their inputs are measured, or None.
         moments: of the real inputs of each context, by the slot's name, where they were measured.
         inputs: names of the modules whose input is normalised.
@@ -61,10 +56,7 @@ class ContextRouter:
 
     def __init__(self, config: ContextNormConfig) -> None:
         self.config = config
-        self.ids: Tensor | None = None
-        self.backward_ids: Tensor | None = None
-        self.num_texts: int | None = None
-        self.default: Tensor | None = None
+        self.calls = Calls()
         self.source: ContextSourceLike | None = None
         self.pixel_mean: tuple[float, ...] = (0.0,)
         self.pixel_std: tuple[float, ...] = (1.0,)
@@ -72,12 +64,6 @@ class ContextRouter:
         self.moments: dict[str, StoredMoments] = {}
         self.inputs: tuple[str, ...] = ()
         self.root: weakref.ref[nn.Module] | None = None
-        self.lock = threading.RLock()
-
-    def _running(self) -> Tensor | None:
-        if self.ids is not None:
-            return self.ids
-        return self.backward_ids if self.backward_ids is not None and recomputing() else self.default
 
     def is_sequence_first(self, x: Tensor) -> bool:
         """Whether ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
@@ -85,7 +71,8 @@ class ContextRouter:
         Raises:
             ContextIdError: its first two dimensions are both ``N``.
         """
-        ids = self._running()
+        call = self.calls.innermost()
+        ids = None if call is None else call.ids
         if ids is None or ids.shape[0] == 1 or x.dim() < 3 or x.shape[1] != ids.shape[0]:
             return False
         if x.shape[0] == ids.shape[0]:
@@ -97,29 +84,40 @@ class ContextRouter:
         return True
 
     def ids_for(self, x: Tensor) -> Tensor | None:
-        """The running call's ids for a tensor whose leading dimension is ``N`` or, batch-major, a multiple of it.
+        """Return the ids around for a tensor whose leading dimension is the number of ids or a multiple of it.
 
         Raises:
-            ContextIdError: the leading dimension is no multiple of ``N``.
+            ContextIdError: the leading dimension is no multiple of it.
         """
-        ids = self._running()
-        if ids is None:
+        call = self.calls.innermost()
+        if call is None or call.ids is None:
             return None
+        ids = call.ids
         if ids.device != x.device:  # a device map spreads the model
             ids = ids.to(x.device)
-        if ids.shape[0] == x.shape[0] or ids.shape[0] == 1:
-            return ids
-        if x.shape[0] == self.num_texts:
-            raise ContextIdError(
-                f"{ids.shape[0]} context_ids, one an image, met {self.num_texts} texts: patch the layers that images "
-                "pass through alone (where=[...]), or give one id for all."
-            )
-        if ids.shape[0] == 0 or x.shape[0] % ids.shape[0] != 0:
-            raise ContextIdError(
-                f"{ids.shape[0]} context_ids met an activation of shape {tuple(x.shape)}, whose leading dimension is "
-                "no multiple of the batch size; this layer cannot be given contexts."
-            )
-        return ids.repeat_interleave(x.shape[0] // ids.shape[0], dim=0)
+        if call.is_block and x.grad_fn is not None and not torch.compiler.is_compiling():
+            cast(Any, x.grad_fn).metadata["cn_hf"] = call  # stays with the graph
+        if call.batch_size is None and self.config.view_order == "batch":
+            matches = ids.shape[0] == x.shape[0]
+        else:
+            ids, matches = self._views(ids, call, x)
+        return ids if matches or ids.shape[0] == 1 else _repeated(ids, call, x)
+
+    def _views(self, ids: Tensor, call: Call, x: Tensor) -> tuple[Tensor, bool]:
+        """Ids for the views that the first slot has met, where the model's forward puts them one after another."""
+        count = ids.shape[0]
+        if call.leading is None:
+            call.leading = x.shape[0]
+            if call.batch_size is not None and call.leading % count != 0:
+                raise ContextIdError(
+                    f"Received {count} context_ids for a batch of {call.batch_size} samples, and the first layer with "
+                    f"contexts met {call.leading}, which is no multiple of {count}. Give one id a sample, or one for "
+                    "each view of each sample where forward concatenates views."
+                )
+        whole = call.leading % count == 0 and x.shape[0] % call.leading == 0
+        if self.config.view_order == "view" and count > 1 and whole:
+            ids = torch.cat([ids] * (call.leading // count))
+        return ids, ids.shape[0] == x.shape[0]
 
     def resolve(self, context_ids: ContextIds, batch_size: int, device: torch.device) -> Tensor:
         """``resolve_context_ids`` with this model's contexts."""
@@ -188,10 +186,25 @@ class ContextRouter:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickles: not the running call, and the root only through its own ``__setstate__``."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "lock"}
-        return kept | {"ids": None, "backward_ids": None, "default": None, "observer": None, "root": None}
+        """Return what pickles: no calls, and the root only through its own ``__setstate__``."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "calls"}
+        return kept | {"observer": None, "root": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle, with a lock of its own."""
-        self.__dict__ |= {"moments": {}} | state | {"lock": threading.RLock()}
+        """Unpickle, without calls."""
+        self.__dict__ |= {"moments": {}} | state | {"calls": Calls()}
+
+
+def _repeated(ids: Tensor, call: Call, x: Tensor) -> Tensor:
+    count = ids.shape[0]
+    if x.shape[0] == call.num_texts:
+        raise ContextIdError(
+            f"{count} context_ids, one an image, met {call.num_texts} texts: patch the layers that images pass through "
+            "alone (where=[...]), or give one id for all."
+        )
+    if count == 0 or x.shape[0] % count != 0:
+        raise ContextIdError(
+            f"{count} context_ids met an activation of shape {tuple(x.shape)}, whose leading dimension is no multiple "
+            "of the batch size; this layer cannot be given contexts."
+        )
+    return ids.repeat_interleave(x.shape[0] // count, dim=0)

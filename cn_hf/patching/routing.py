@@ -1,29 +1,31 @@
 """How ``context_ids`` travel from ``forward()`` to the layers.
 
-The root of a patched model gets a subclass of its own class whose ``forward`` names ``context_ids`` after the original
-parameters. It checks the ids once, leaves them in the model's ``ContextRouter``, and the slots read them there. Each
-model has its own router; a call's ids are taken away when the call ends, however it ends.
+The root of a patched model gets a subclass of its own class whose ``forward``, and other methods that take tensors,
+name ``context_ids`` after the original parameters. They check the ids once and leave them in the model's
+``ContextRouter``, where the slots read them. Each model has its own router; a call's ids are taken away when the call
+ends, however it ends.
 
 Shape legend: ``N`` samples, ``T`` contexts.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from cn_hf.errors import ContextIdError, InputTypeError, PatchError
 from cn_hf.norm.ids import ContextIds, as_tensor
-from cn_hf.norm.synchronized import recomputing
 from cn_hf.patching.average import average_contexts, check_averages
+from cn_hf.patching.calls import Call
 from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.swapped import Swapped
@@ -110,8 +112,6 @@ class RoutedModel(Swapped):
         )
 
 
-_MOST_COLOURS = 4  # channels of an image, by which it is told from features
-
 ROOT_MIXINS: dict[str, type] = {}
 """What roots of some models can do besides: qualified name of a library's base class, or of a method -> mixin."""
 
@@ -145,9 +145,39 @@ def routed_class(base: Any) -> type[nn.Module]:
 
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
-    signature = inspect.signature(base.forward)
-    if "context_ids" in signature.parameters:
+    if "context_ids" in inspect.signature(base.forward).parameters:
         raise PatchError(f"{base.__name__}.forward already takes context_ids; cn_hf cannot add the keyword.")
+    mixins = [*_root_mixins(base), RoutedModel]
+    methods = ["forward", *(name for name in _tensor_methods(base) if not any(hasattr(m, name) for m in mixins))]
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "original_class": base,
+        "recipe": (routed_class, (base,)),
+        **{name: _routed_method(base, name) for name in methods},
+    }
+    return type(base.__name__, (*mixins, base), namespace)
+
+
+def _tensor_methods(base: type) -> Iterator[str]:
+    """Names of public methods, other than ``forward`` and those of all modules, that may take a tensor."""
+    for name in dir(base):
+        method = inspect.getattr_static(base, name)
+        is_own = isinstance(method, types.FunctionType) and not name.startswith("_") and not hasattr(nn.Module, name)
+        if is_own and not (inspect.isgeneratorfunction(method) or inspect.iscoroutinefunction(method)):
+            parameters = inspect.signature(method).parameters
+            kinds = [str(p.annotation) for p in list(parameters.values())[1:]]
+            if "context_ids" not in parameters and any(
+                "Tensor" in kind or kind == str(inspect.Parameter.empty) for kind in kinds
+            ):
+                yield name
+
+
+def _routed_method(base: type, name: str) -> Callable[..., Any]:
+    original = getattr(base, name)
+    route = _route_forward if name == "forward" else _route_method
+    signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
     extra = inspect.Parameter(
         "context_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="ContextIds | None"
@@ -155,27 +185,27 @@ def _routed_class(base: Any) -> type[nn.Module]:
     at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     parameters.insert(at, extra)
 
-    def forward(self: Any, *args: Any, context_ids: ContextIds | None = None, **kwargs: Any) -> Any:
-        return _route(self, base.forward, args, kwargs, context_ids)
+    def method(self: Any, *args: Any, context_ids: ContextIds | None = None, **kwargs: Any) -> Any:
+        return route(self, original, args, kwargs, context_ids)
 
-    forward.__doc__ = base.forward.__doc__
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    forward.__qualname__ = f"{base.__qualname__}.forward"
-    namespace = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "original_class": base,
-        "recipe": (routed_class, (base,)),
-        "forward": forward,
-    }
-    return type(base.__name__, (*_root_mixins(base), RoutedModel, base), namespace)
+    functools.update_wrapper(method, original)
+    vars(method).pop("__wrapped__")
+    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # torch compiles up to eight graphs a code object, so each class needs its own. ``functools.wraps`` copies what a
+    # function's dictionary holds: a signature there would show ``self`` in wrappers of the bound method.
+    code = method.__code__.replace(co_name=f"{base.__name__}_{name}")
+    routed = types.FunctionType(code, method.__globals__, name, None, method.__closure__)
+    routed.__kwdefaults__ = method.__kwdefaults__
+    functools.update_wrapper(routed, original)
+    routed.__wrapped__ = method  # type: ignore[attr-defined]
+    routed.__dict__.pop("__signature__", None)
+    return routed
 
 
 # --------------------------------------------------------------------------------------------------------- one forward
 
 
-def _route(
+def _route_forward(
     model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ids: ContextIds | None
 ) -> Any:
     if not isinstance(args, tuple):  # torch.fx puts a proxy in place of *args
@@ -188,18 +218,17 @@ def _route(
     config = router.config
     if config.mode in BASELINES:
         return forward(model, *args, **kwargs)
-    if ids is not None or router.default is not None:
-        first = _first_tensor(args, kwargs)
-        given = cast(Tensor, router.default) if ids is None else as_tensor(ids, config.context_names)
-        alike = given.dim() == 0 or (ids is None and len(given) == 1)  # of all samples, however many a part has
-        resolved = router.resolve(given, 1 if alike else first.shape[0], first.device)
-        texts = kwargs.get("input_ids")
-        num_texts = len(texts) if isinstance(texts, Tensor) and texts is not first else None
-        return _run(router, lambda: forward(model, *args, **kwargs), resolved, num_texts)
+    around = router.calls.innermost()
+    if ids is not None or (around is not None and around.is_block):
+        call = _call(router, ids, around, args, kwargs, views=True)
+        return router.calls.run(call, forward, model, *args, **kwargs)
+    if around is not None:
+        return forward(model, *args, **kwargs)  # in the call of another method
     if model.training:
         raise ContextIdError(
-            "Training needs context_ids: pass model(..., context_ids=ids), one id a sample "
-            "(see use_contexts for calls that cannot take the keyword)."
+            "Training needs context_ids: pass model(..., context_ids=ids), one id a sample (see use_contexts for "
+            "calls that cannot take the keyword). transformers' Trainer drops columns of strings: give it integers, "
+            "such as those of ColumnContexts."
         )
     if config.mode == "dsbn" and config.inference not in ("average", "predict"):
         raise ContextIdError(
@@ -216,11 +245,52 @@ def _route(
 
         def in_context(context: int) -> Any:
             same = torch.full((first.shape[0],), context, device=first.device)
-            return _run(router, lambda: forward(model, *args, **kwargs), same)
+            return router.calls.run(Call(same), forward, model, *args, **kwargs)
 
         return average_contexts(in_context, config.num_contexts, kwargs.get("labels"))
     predicted = router.predicted_ids(_images(args, kwargs)) if config.inference == "predict" else None
-    return _run(router, lambda: forward(model, *args, **kwargs), predicted)
+    return router.calls.run(Call(predicted), forward, model, *args, **kwargs)
+
+
+def _route_method(
+    model: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ids: ContextIds | None
+) -> Any:
+    router: ContextRouter = model.router
+    if router.config.mode in BASELINES:
+        return method(model, *args, **kwargs)
+    around = router.calls.innermost()
+    if ids is None and around is not None and (not around.is_block or _find_tensor(args, kwargs) is None):
+        return method(model, *args, **kwargs)
+    call = Call(None) if ids is None and around is None else _call(router, ids, around, args, kwargs)
+    return router.calls.run(call, method, model, *args, **kwargs)
+
+
+def _call(
+    router: ContextRouter,
+    ids: ContextIds | None,
+    around: Call | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    views: bool = False,
+) -> Call:
+    """Return a call with checked ids, given or of the block around: one a sample, or if ``views`` one a view."""
+    first = _first_tensor(args, kwargs)
+    num_samples = first.shape[0]
+    given = cast(Tensor, cast(Call, around).ids) if ids is None else as_tensor(ids, router.config.context_names)
+    count = given.shape[0] if given.dim() else 1
+    alike = given.dim() == 0 or (ids is None and count == 1)  # of all samples, however many a part has
+    per_view = views and not alike and count > num_samples > 0 and count % num_samples == 0
+    if not alike and not per_view and count != num_samples:
+        unit = "images" if first.dim() == 4 else "samples"
+        raise ContextIdError(f"Received {count} context_ids for a batch of {num_samples} {unit}; give one each.")
+    call = Call(router.resolve(given, 1 if alike else count, first.device))
+    call.outer = around
+    if per_view:
+        call.batch_size = num_samples
+    texts = kwargs.get("input_ids")
+    call.num_texts = len(texts) if isinstance(texts, Tensor) and texts is not first else None
+    return call
 
 
 def _check_adapters(model: nn.Module, router: ContextRouter) -> None:
@@ -239,13 +309,27 @@ def _check_adapters(model: nn.Module, router: ContextRouter) -> None:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    first = _find_tensor(args, kwargs)
+    if first is None:
+        lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple))]
+        images = next((value for value in lists if value and all(isinstance(item, Tensor) for item in value)), None)
+        received = "no tensor" if images is None else f"a list of {len(images)} tensors"
+        raise InputTypeError(
+            f"Expected a batch, a tensor of N samples, among the arguments of a patched model, received {received}. "
+            "For a detector that takes a list of images, patch the part that receives them as one batch, "
+            "patch_model(model.backbone), and call the model inside use_contexts(model.backbone, ids)."
+        )
+    return first
+
+
+def _find_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     named = kwargs.get("pixel_values")  # of several inputs, that of the images
     for value in (named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
         if isinstance(value, Mapping):  # such as patches and their places
-            return _first_tensor((), cast("dict[str, Any]", value))
-    raise InputTypeError("A patched model needs a batch: no tensor was among the arguments of forward.")
+            return _find_tensor((), cast("dict[str, Any]", value))
+    return None
 
 
 def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -257,34 +341,43 @@ def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return _first_tensor(args, kwargs)
 
 
-def _run(router: ContextRouter, call: Callable[[], Any], ids: Tensor | None, num_texts: int | None = None) -> Any:
-    with nullcontext() if torch.compiler.is_compiling() else router.lock:  # threads that share a model take turns
-        if router.backward_ids is not None and not recomputing():
-            router.backward_ids = None  # left by a backward that failed
-        previous = router.ids, router.num_texts
-        router.ids, router.num_texts = ids, num_texts
-        try:
-            output = call()
-        finally:
-            router.ids, router.num_texts = previous
-    if ids is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _restore_in_backward(router, output, ids)
-    return output
+# -------------------------------------------------------------------------------------------------- parts of the model
+
+_REFUSAL = "cn_hf"  # a hook's key that is the same in all processes
 
 
-def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> None:
-    # Activation checkpointing runs the layers again during backward. Each call's ids must be there while its own part
-    # of the graph runs, which begins at the call's outputs, and be gone afterwards.
-    def reset() -> None:
-        router.backward_ids = None
+def refuse_ids_of_parts(model: nn.Module) -> None:
+    """Let the parts of a model that would take ``context_ids`` among any keywords, and ignore them, raise an error."""
+    for module in model.modules():
+        if module is not model and not isinstance(module, Swapped) and _takes_any_keyword(cast(Any, type(module))):
+            module._forward_pre_hooks[_REFUSAL] = _refuse_ids  # type: ignore[index]  # torch numbers its own
+            module._forward_pre_hooks_with_kwargs[_REFUSAL] = True  # type: ignore[index]
 
-    def restore(grad: Tensor) -> None:
-        router.backward_ids = ids
-        torch.autograd.Variable._execution_engine.queue_callback(reset)
 
-    for leaf in (output,) if isinstance(output, Tensor) else pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(restore)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def accept_ids_of_parts(model: nn.Module) -> None:
+    """Undo ``refuse_ids_of_parts``."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+            hooks.pop(_REFUSAL, None)  # type: ignore[call-overload]
+
+
+@cache
+def _takes_any_keyword(module_class: Any) -> bool:
+    try:
+        parameters = inspect.signature(module_class.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any and "context_ids" not in parameters
+
+
+def _refuse_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("context_ids") is not None:
+        raise ContextIdError(
+            f"Expected context_ids for the whole patched model, received them for its part {type(module).__name__}, "
+            "which ignores them. Pass them to the model that was patched, or call its parts inside "
+            "use_contexts(model, ids)."
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- for the user
@@ -292,17 +385,17 @@ def _restore_in_backward(router: ContextRouter, output: Any, ids: Tensor) -> Non
 
 @contextmanager
 def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
-    """Give every call inside the ``with`` block these ids, in all threads, for callers that cannot pass the keyword.
+    """Give every call inside the ``with`` block these ids, for callers that cannot pass the keyword.
 
-    For ``forward_features``, ``forward_intermediates``, pipelines. With activation checkpointing, keep ``backward``
-    inside the block.
+    For pipelines and parts of the model. The block is of its thread or asyncio task alone. Graphs keep the ids for
+    backward.
 
     Args:
         model: a patched model.
         context_ids: as for ``forward``.
 
     Raises:
-        ContextIdError: the ids are invalid, or, where a module of the model meets images, not one an image.
+        ContextIdError: the ids are invalid, or, in a call of the model or its methods, not one a sample.
         PatchError: the model is not patched.
     """
     router = router_of(model)
@@ -310,30 +403,6 @@ def use_contexts(model: nn.Module, context_ids: ContextIds) -> Iterator[None]:
     tensor = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     ids = as_tensor(context_ids, router.config.context_names)
-    previous = router.default
-    router.default = router.resolve(ids, ids.shape[0] if ids.dim() else 1, device)
-    hooks = [child.register_forward_pre_hook(_check_images(router), with_kwargs=True) for child in model.children()]
-    try:
+    resolved = router.resolve(ids, ids.shape[0] if ids.dim() else 1, device)
+    with router.calls.run_block(Call(resolved, is_block=True)):
         yield
-    finally:
-        router.default = previous
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_images(router: ContextRouter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """For calls past the root's forward, which checks by itself: ids of another number than images are an error."""
-
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = router.default
-        if ids is None or len(ids) == 1 or router.ids is not None:
-            return
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] <= _MOST_COLOURS < value.shape[2]:
-                if value.shape[0] != len(ids):
-                    raise ContextIdError(
-                        f"Received {len(ids)} context_ids for a batch of {value.shape[0]} images; give one each."
-                    )
-                return
-
-    return check

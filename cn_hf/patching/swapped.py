@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from cn_hf.errors import PatchError
 
 __all__ = ["Swapped", "copied", "has_other_forward", "own_class", "swap_class"]
 
@@ -23,6 +25,13 @@ class Swapped:
         """Make a plain module where the class is called, as ``nn.Sequential`` does for slices and PEFT for factors."""
         swap_class(cast(nn.Module, self), self.original_class)
         cast(Any, self).__init__(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks every module for what it is to compile."""
+        raise PatchError(
+            "torch.jit.script cannot compile a patched model: trace it with torch.jit.trace, or use torch.export. "
+            "fold_context(model, context) gives a plain model for one context, which can be scripted."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the recipe of the class instead of the class, which no module contains."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.patching import fold_context, patch_model
+from cn_hf.patching.calls import Call
 from cn_hf.patching.routing import router_of
 from scripts.benchmark.activations import NUM_CONTEXTS, dtype_name
 from scripts.benchmark.races import Duel, race
@@ -178,13 +179,13 @@ def _routing(settings: Settings) -> Trial:
     def measure() -> list[Row]:
         model, x, ids = _tiny_model(settings.device)
         router = router_of(model)
-        resolved = router.resolve(ids, len(x), x.device)
+        call = Call(router.resolve(ids, len(x), x.device))
         unrouted = cast(Any, type(model)).original_class.forward
 
         def without() -> None:
-            router.ids = resolved
+            token = router.calls.running.set(call)
             unrouted(model, x)
-            router.ids = None
+            router.calls.running.reset(token)
 
         runs: dict[str, Run] = {"routed": lambda: model(x, context_ids=ids), "unrouted": without}
         calls = settings.of(full=200, quick=100, smoke=5)
