@@ -253,7 +253,7 @@ def _anatomy(model: nn.Module) -> dict[str, str]:
         if known.__name__ == "Identity" or "Drop" in known.__name__:  # drop rates are no part of the description
             continue
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        shapes = [f"{key}{tuple(tensor.shape)}" for key, tensor in tensors]
+        shapes = sorted(f"{key}{tuple(tensor.shape)}" for key, tensor in tensors)  # pruning leaves another order
         contexts = ["with contexts"] if isinstance(module, Slot) else []
         anatomy[name] = " ".join([f"{known.__name__}({known.extra_repr(module)})", *shapes, *contexts])
     return anatomy

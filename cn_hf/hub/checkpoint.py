@@ -38,7 +38,7 @@ from cn_hf.hub.description import (
 from cn_hf.hub.fitting import check_plan, check_tensors, context_tensors, patch_as_saved, tied_names
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
-from cn_hf.hub.saving import origin_of, write_description, writing_to
+from cn_hf.hub.saving import check_savable, origin_of, write_description, writing_to
 from cn_hf.hub.staging import staged
 from cn_hf.hub.weights import (
     INDEX_FILE,
@@ -98,12 +98,13 @@ def save_pretrained(
         CheckpointError: the folder cannot be written.
         ConfigError: the base model could not be built again from its description, or ``max_shard_size`` is no size.
         InputTypeError: ``folder`` is no path.
-        PatchError: the model is not patched.
+        PatchError: the model is not patched; or its weights are sharded, quantised or computed.
     """
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise InputTypeError(f"folder must be a path, received {folder!r}.")
     check_shard_size(max_shard_size)
     source = context_source_of(model, context_source)
+    check_savable(model)
     base = describe_base(model, model_args)
     path = Path(folder)
     with writing_to(path), staged(path) as place:

@@ -183,7 +183,11 @@ def save_transformers(model: nn.Module, folder: Any, **options: Any) -> None:
         folder: where to; made if need be.
         **options: of ``PreTrainedModel.save_pretrained``, e.g. ``max_shard_size``.
     """
+    from cn_hf.hub.saving import check_savable
+
     router_of(model)
+    if options.get("state_dict") is None and not options.get("distributed_checkpoint"):
+        check_savable(model)
     with _config_for_files(model):
         super(TransformersRoot, cast(TransformersRoot, model)).save_pretrained(folder, **options)  # type: ignore[misc]
 
