@@ -40,7 +40,8 @@ def check_savable(model: nn.Module) -> None:
     """Raise for weights that a file cannot hold as the model has them, and say what to do.
 
     Raises:
-        PatchError: they are sharded over processes, offloaded, quantised, or computed by pruning, a parametrization or a hook.
+        PatchError: they are sharded over processes, offloaded, quantised, or computed by pruning, a parametrization or
+            a hook.
     """
     for name, value in model.state_dict().items():
         if hasattr(value, "full_tensor"):
