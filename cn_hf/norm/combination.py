@@ -43,21 +43,23 @@ def component_statistics(x: Tensor, log_tau: Tensor, *, distributed: bool = Fals
         mean ``(K, C)`` and biased variance ``(K, C)``, float32 at least.
     """
     wide, dtype = wide_dtype(x, log_tau), statistics_dtype(x, log_tau)
-    mean, var = _component_statistics([(x.to(wide), log_tau.to(wide))], distributed)
+    mean, var = _component_statistics([(x.to(wide), x.to(wide).square(), log_tau.to(wide))], distributed)
     return mean.to(dtype), var.to(dtype)
 
 
-def _component_statistics(parts: Iterable[tuple[Tensor, Tensor]], distributed: bool = False) -> tuple[Tensor, Tensor]:
-    """``component_statistics`` of a batch that comes in parts; the largest weight met so far is kept at one."""
+def _component_statistics(
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]], distributed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``component_statistics`` of parts: vectors, squares, posteriors; the largest weight so far is kept at one."""
     peak: Tensor | None = None
     sums: tuple[Tensor, ...] = ()
-    for x, log_tau in parts:
+    for x, square, log_tau in parts:
         found = log_tau.detach()
         largest = found.amax(dim=0) if len(found) else found.new_full(found.shape[1:], -math.inf)
         before, peak = peak, largest if peak is None else torch.maximum(peak, largest)
         with full_precision(x.device):
             weight = (log_tau - peak).exp()
-            own = weight.sum(dim=0)[:, None], weight.T @ x, weight.T @ x.square()
+            own = weight.sum(dim=0)[:, None], weight.T @ x, weight.T @ square
         sums = own if before is None else _plus(sums, (before - peak).exp(), own)
     assert peak is not None, "a batch has at least one part"
     if distributed:
@@ -72,7 +74,9 @@ def _plus(held: tuple[Tensor, ...], kept: Tensor, own: tuple[Tensor, ...]) -> tu
     return tuple(a * kept[:, None] + b for a, b in zip(held, own, strict=True))
 
 
-def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float) -> Tensor:
+def mixture(
+    x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: float, weight: Tensor | None = None
+) -> Tensor:
     """``sum_k coefficient_k (x - mean_k) / sqrt(var_k + eps)``: the aggregation shared by CN+ (Eq. 9) and MN (Eq. 6).
 
     Two matrix products; no copy of ``x`` a component is made.
@@ -83,14 +87,16 @@ def mixture(x: Tensor, coefficient: Tensor, mean: Tensor, var: Tensor, *, eps: f
         mean: ``(K, C)``.
         var: ``(K, C)``.
         eps: added to ``var``.
+        weight: optional factor of each feature, ``(C,)``.
 
     Returns:
         ``(M, C)``, float32 at least.
     """
     wide = wide_dtype(x, coefficient, mean, var)
     with full_precision(x.device):
-        coefficient, mean, rstd = coefficient.to(wide), mean.to(wide), torch.rsqrt(var.to(wide) + eps)
-        out = torch.addcmul(coefficient @ (-mean * rstd), x.to(wide), coefficient @ rstd)
+        coefficient, scale = coefficient.to(wide), torch.rsqrt(var.to(wide) + eps)
+        scale = scale if weight is None else scale * weight
+        out = torch.addcmul(coefficient @ (-mean.to(wide) * scale), x.to(wide), coefficient @ scale)
     return out.to(statistics_dtype(x, coefficient, mean, var))
 
 
@@ -129,10 +135,10 @@ def combine(
         The output, of the shape and dtype of ``x``, and the statistics.
     """
     vectors = _vectors_of(x, feature_dim, densities.shift)
-    log_tau = densities.log_posteriors(vectors)
-    used = _component_statistics([(vectors, log_tau)], distributed) if statistics is None else statistics
-    out = mixture(vectors, log_tau.exp() * factor, *used, eps=eps)
-    out = out if weight is None else out * weight
+    square = vectors.square()
+    log_tau = densities.log_posteriors(vectors, square)
+    used = _component_statistics([(vectors, square, log_tau)], distributed) if statistics is None else statistics
+    out = mixture(vectors, log_tau.exp() * factor, *used, eps=eps, weight=weight)
     out = out if bias is None else out + bias
     restored = out.to(x.dtype).reshape(x.movedim(feature_dim, -1).shape).movedim(-1, feature_dim)
     if feature_dim == 1 and x.is_contiguous() and not torch.compiler.is_compiling():
@@ -154,10 +160,11 @@ def combine_in_pieces(
 def batch_statistics(x: Tensor, densities: Densities, feature_dim: int) -> tuple[Tensor, Tensor]:
     """The statistics that ``combine`` finds in a batch that is not empty, without gradients, a piece after another."""
 
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+    def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part in _pieces(x, feature_dim, _piece_numbers(x, densities)):
             vectors = _vectors_of(part, feature_dim, densities.shift)
-            yield vectors, densities.log_posteriors(vectors)
+            square = vectors.square()
+            yield vectors, square, densities.log_posteriors(vectors, square)
 
     return _component_statistics(parts())
 

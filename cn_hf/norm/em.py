@@ -100,15 +100,14 @@ class Densities(NamedTuple):
             constant = constant + prior.to(constant.dtype).log()
         return cls(shift, -0.5 * precision.T, (mean * precision).T, constant)
 
-    def log(self, centered: Tensor) -> Tensor:
-        """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from."""
-        reach = torch.finfo(centered.dtype).max ** 0.25  # farther away, the square would overflow
-        bounded = centered.clamp(-reach, reach)
-        return torch.addmm(torch.addmm(self.constant, bounded.square(), self.squared), bounded, self.linear)
+    def log(self, centered: Tensor, square: Tensor | None = None) -> Tensor:
+        """``(M, K)`` of vectors ``(M, C)`` that the shift has been subtracted from, and of their squares."""
+        square = centered.square() if square is None else square
+        return torch.addmm(torch.addmm(self.constant, square, self.squared), centered, self.linear)
 
-    def log_posteriors(self, centered: Tensor) -> Tensor:
+    def log_posteriors(self, centered: Tensor, square: Tensor | None = None) -> Tensor:
         """Logarithm of the probability of each component given a vector, ``(M, K)``; arguments of ``log``."""
-        return self.log(centered).log_softmax(dim=1)
+        return self.log(centered, square).log_softmax(dim=1)
 
 
 def _densities_at(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor | None) -> tuple[Densities, Tensor, torch.dtype]:
@@ -252,8 +251,8 @@ def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, s
     """
     dtype = wide_dtype(x, mean, var)
 
-    def responsibilities(centered: Tensor) -> tuple[Tensor, Tensor]:
-        joint = densities.log(centered)
+    def responsibilities(centered: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        joint = densities.log(centered, square)
         log_norm = joint.logsumexp(dim=1)
         return (joint - log_norm[:, None]).exp(), log_norm.sum()
 
@@ -263,15 +262,16 @@ def mixture_statistics(x: Tensor, mean: Tensor, var: Tensor, prior: Tensor, *, s
 
 
 def _weighted_statistics(
-    x: Tensor, shift: Tensor, weigh: Callable[[Tensor], tuple[Tensor, Tensor]]
+    x: Tensor, shift: Tensor, weigh: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> MixtureStatistics:
     """Statistics about a shift, a piece after another: ``weigh`` returns a piece's weights and log-likelihood."""
     dtype = wide_dtype(x, shift)
     parts = []
     for part in torch.split(x, max(1, piece_size(x.device) // x.shape[1])):
         centered = part.to(dtype) - shift
-        weight, log_likelihood = weigh(centered)
-        first, second = weight.T @ centered, weight.T @ centered.square()
+        square = centered.square()
+        weight, log_likelihood = weigh(centered, square)
+        first, second = weight.T @ centered, weight.T @ square
         parts.append(
             MixtureStatistics(weight.sum(dim=0), first, second, log_likelihood, weight.new_full((), len(part)))
         )
@@ -369,7 +369,7 @@ def seed_mixture(
     centers = kmeans_plusplus(x, num_components, seed=seed, distributed=distributed)
     shift = data_shift(x, distributed) if shift is None else shift
 
-    def nearest(centered: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(centered: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         places = torch.cdist(centered, (centers - shift).to(centered.dtype)).argmin(dim=1)
         return F.one_hot(places, num_components).to(centered.dtype), centered.new_zeros(())
 

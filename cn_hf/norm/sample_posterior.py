@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cn_hf.norm.em import statistics_dtype, wide_dtype
+from cn_hf.norm.em import Densities, statistics_dtype, wide_dtype
 
 __all__ = ["SampleMoments", "combined", "sample_log_posteriors", "sample_moments"]
 
@@ -43,13 +43,9 @@ def sample_log_posteriors(moments: SampleMoments, mean: Tensor, variance: Tensor
         mean: ``(T, C)``.
         variance: ``(T, C)``, variance + eps.
     """
-    mean, variance = mean.to(moments.mean), variance.to(moments.mean)
-    shift = mean.mean(dim=0)
-    near, own = mean - shift, moments.mean - shift
-    precision = variance.reciprocal()
-    distance = (moments.variance + own.square()) @ precision.T - 2 * own @ (near * precision).T
-    constant = (near.square() * precision + variance.log()).sum(dim=1)
-    return torch.log_softmax(-0.5 * moments.vectors * (distance + constant), dim=1)
+    densities = Densities.of(mean.to(moments.mean), variance.to(moments.mean))
+    own = moments.mean - densities.shift
+    return (moments.vectors * densities.log(own, moments.variance + own.square())).log_softmax(dim=1)
 
 
 def combined(
