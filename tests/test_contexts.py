@@ -22,7 +22,7 @@ from cn_hf.contexts import (
     OriginContexts,
     RuleContexts,
 )
-from cn_hf.contexts.storage import CONFIG_FILE
+from cn_hf.contexts.storage import CONFIG_FILE, write_source
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, DatasetError, InputTypeError
 
 SPECIES = ("ant", "bee", "cat")
@@ -322,6 +322,77 @@ def saved_clusters(folder, contexts=2, seed=0):
     ClusterContexts(contexts).fit_images(pixels).save(folder)
     [tensors] = folder.glob("*.safetensors")
     return tensors
+
+
+def saved_sources(folder):
+    """A source of each kind that needs no tensors, saved, and what its ``load`` needs."""
+    labelled = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    data = datasets.Dataset.from_dict({"image": [pixels, pixels], "label": [0, 1]}, features=labelled)
+    sources = {
+        "column": ColumnContexts("label").fit(data),
+        "brightness": BrightnessContexts(99.5),
+        "rule": RuleContexts(len, ["x", "y"], columns=["label"]),
+        "origin": OriginContexts({"one": data, "other": data}, "offset"),
+    }
+    for name, source in sources.items():
+        source.save(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("column", {"numbered": 1}),
+        ("column", {"column": 3}),
+        ("column", {"names": ["a", "a"]}),
+        ("brightness", {"threshold": True}),
+        ("brightness", {"threshold": float("nan")}),
+        ("brightness", {"threshold": None}),
+        ("brightness", {"given": "yes"}),
+        ("brightness", {"names": ["a", "b", "c"]}),
+        ("brightness", {"image": {"column": 7}}),
+        ("rule", {"columns": [True]}),
+        ("rule", {"on": 1}),
+        ("rule", {"image": {"column": None, "mode": "CMYK"}}),
+        ("origin", {"labels": "none"}),
+        ("origin", {"shuffle_seed": True}),
+        ("origin", {"names": ["one"]}),
+        ("origin", {"form.decode_size": [1, 2, 3]}),
+        ("origin", {"form.class_names": ["a"]}),
+        ("origin", {"form.image_column": "label"}),
+        ("origin", {"origins.1.offset": True}),
+        ("origin", {"origins.1.offset": 3}),
+        ("origin", {"origins.1.offset": -1}),
+        ("origin", {"origins.1.index": 0}),
+        ("origin", {"origins.1.categories": None}),
+        ("origin", {"origins.1.categories.numbered": "no"}),
+    ],
+)
+def test_saved_values_that_no_save_writes_are_one_clear_error(tmp_path, name, damage):
+    saved_sources(tmp_path)
+    path = tmp_path / name / CONFIG_FILE
+    config = json.loads(path.read_text())
+    for key, value in damage.items():
+        *parents, last = key.split(".")
+        place = config
+        for parent in parents:
+            place = place[int(parent) if isinstance(place, list) else parent]
+        place[last] = value
+    given = {"fn": len} if name == "rule" else {}
+    assert ContextSource.load(tmp_path / name, **given).fitted
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        ContextSource.load(tmp_path / name, **given)
+
+
+def test_tensors_beside_a_source_that_has_none_are_an_error(tmp_path):
+    write_source(
+        tmp_path,
+        {"format": 1, "type": "column", "names": ["a"], "column": "c", "numbered": True},
+        {"x": torch.zeros(1)},
+    )
+    with pytest.raises(CheckpointError, match="Expected no tensors"):
+        ContextSource.load(tmp_path)
 
 
 def test_tensors_that_are_truncated_changed_missing_or_unfitting_are_errors(tmp_path):

@@ -1,27 +1,35 @@
-"""Cluster contexts: the estimators against scikit-learn, and the source on pixels, components and embeddings."""
+"""Cluster contexts on pixels, components, embeddings and statistics of a stem; alone and in several processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
+import torch.distributed as dist
+from processes import free_port, run_together
 from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
 from torch import nn
 
 from cn_hf.contexts import ClusterContexts, ContextSource
-from cn_hf.contexts.chunks import map_chunks, sum_chunks
-from cn_hf.contexts.estimators import Clustering, Stopping, assign, full_passes, lloyd
-from cn_hf.contexts.principal import principal_components, project
-from cn_hf.contexts.shared_rows import SharedRows
-from cn_hf.contexts.steps import GaussianSteps
-from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, DatasetFileError, InputTypeError
+from cn_hf.contexts.storage import read_source, write_source
+from cn_hf.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextSourceError,
+    DatasetError,
+    DatasetFileError,
+    InputTypeError,
+)
+
+TESTS = Path(__file__).parent
 
 COLOURS = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])
 
@@ -45,129 +53,13 @@ def ids_of(split):
     return [row["context_ids"] for row in split]
 
 
-def blobs(count=400, features=7, components=3, seed=0):
-    generator = np.random.default_rng(seed)
-    centers = generator.normal(0, 3, (components, features))
-    scales = generator.uniform(0.3, 2, (components, features))
-    kinds = generator.integers(0, components, count)
-    return torch.from_numpy(centers[kinds] + generator.normal(size=(count, features)) * scales[kinds])
-
-
-def expectation_maximisation(x, mean, var, prior, *, shift, stopping=None, reg_covar=1e-3):
-    start = Clustering(mean=mean, var=var, prior=prior, objective=0.0, num_iterations=0)
-    return full_passes(SharedRows(x), start, GaussianSteps(shift, var.mean(dim=0), reg_covar), stopping or Stopping())
-
-
-@pytest.mark.parametrize("reg_covar", [1e-6, 1e-3])
-@pytest.mark.parametrize("components", [1, 3])
-def test_em_agrees_with_scikit_learn_from_the_same_start(components, reg_covar):
-    x = blobs()
-    mean = x[:components].clone()
-    var = x.var(dim=0, correction=0).expand(components, -1).clone()
-    prior = torch.full((components,), 1 / components, dtype=torch.float64)
-    reference = GaussianMixture(
-        components,
-        covariance_type="diag",
-        tol=1e-6,
-        reg_covar=reg_covar,
-        max_iter=200,
-        means_init=mean.numpy(),
-        precisions_init=1 / var.numpy(),
-        weights_init=prior.numpy(),
-    ).fit(x.numpy())
-    found = expectation_maximisation(
-        x,
-        mean,
-        var,
-        prior,
-        shift=x.mean(dim=0),
-        stopping=Stopping(max_iterations=200, tol=1e-6),
-        reg_covar=reg_covar,
-    )
-    np.testing.assert_allclose(found.mean, reference.means_, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(found.var, reference.covariances_, rtol=1e-6)
-    np.testing.assert_allclose(found.prior, reference.weights_, rtol=1e-6)
-    assert found.objective == pytest.approx(reference.lower_bound_, rel=1e-6)
-    assert found.num_iterations == reference.n_iter_
-    assert np.array_equal(assign(x, found), reference.predict(x.numpy()))
-
-
-def test_em_over_uint8_chunks_is_em_over_floats(monkeypatch):
-    pixels, _ = groups([40, 50, 60])
-    x = pixels.flatten(1)
-    floats = x.double() / 255
-    start = floats[:3], floats.var(dim=0, correction=0).expand(3, -1) + 1e-3, torch.full((3,), 1 / 3).double()
-    whole = expectation_maximisation(floats, *start, shift=floats.mean(dim=0))
-    monkeypatch.setattr("cn_hf.contexts.chunks._CHUNK_ELEMENTS", 11 * x.shape[1])
-    chunked = expectation_maximisation(x, *start, shift=floats.mean(dim=0))
-    torch.testing.assert_close(chunked.mean, whole.mean)
-    torch.testing.assert_close(chunked.var, whole.var)
-    assert torch.equal(assign(x, chunked), assign(floats, whole))
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, 23])
-def test_chunks_are_walked_whole_whatever_the_threads(monkeypatch, count):
-    monkeypatch.setattr("cn_hf.contexts.chunks._CHUNK_ELEMENTS", 6)
-    x = torch.randint(0, 256, (count, 3), dtype=torch.uint8)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            out = torch.full((count, 3), torch.nan).double()
-            assert torch.equal(map_chunks(x, torch.float64, lambda chunk: chunk * 255, out), x.double())
-            if count:
-                sums = sum_chunks(x, torch.float32, lambda chunk: (chunk.sum(dim=0), chunk.new_tensor(len(chunk))))
-                torch.testing.assert_close(sums[0], x.double().sum(dim=0) / 255, rtol=1e-6, atol=0)
-                assert sums[1] == count
-            with pytest.raises(ZeroDivisionError):
-                map_chunks(torch.zeros(9, 3), torch.float32, lambda chunk: 1 / 0, torch.zeros(9))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("components", [1, 4])
-def test_k_means_agrees_with_scikit_learn_from_the_same_start(components):
-    x = blobs(components=4)
-    start = x[:components].clone()
-    reference = KMeans(components, init=start.numpy(), n_init=1, max_iter=300, tol=0).fit(x.numpy())
-    found = lloyd(x, start, shift=x.mean(dim=0), spread=x.var(dim=0), stopping=Stopping(max_iterations=300, tol=0))
-    np.testing.assert_allclose(found.mean, reference.cluster_centers_, rtol=1e-9, atol=1e-9)
-    assert found.objective * len(x) == pytest.approx(reference.inertia_, rel=1e-9)
-    assert np.array_equal(assign(x, found), reference.labels_)
-
-
-@pytest.mark.parametrize(("count", "features"), [(300, 40), (30, 200)])
-def test_principal_components_span_those_of_scikit_learn(count, features):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(count, features)) * np.geomspace(10, 0.1, features) + 5
-    reference = PCA(5, svd_solver="full").fit(x)
-    mean, components = principal_components(torch.from_numpy(x), 5, seed=1)
-    np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-5)
-    torch.testing.assert_close(components @ components.T, torch.eye(5), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(np.abs(np.diag(components.numpy() @ reference.components_.T)), 1, atol=1e-3)
-    variance = project(torch.from_numpy(x), mean, components).var(dim=0)
-    np.testing.assert_allclose(variance, reference.explained_variance_, rtol=1e-3)
-
-
-def test_a_lost_component_takes_half_of_the_largest():
-    x = torch.cat([torch.randn(300, 4), torch.randn(100, 4) + 20]).double()
-    mean = torch.stack([x[0], x[350], torch.full((4,), 1e4).double()])
-    var, prior = torch.ones(3, 4).double(), torch.full((3,), 1 / 3).double()
-    lost = expectation_maximisation(x, mean, var, prior, shift=x.mean(dim=0))
-    assert torch.bincount(assign(x, lost), minlength=3)[2] == 0
-    revive = Stopping(min_share=0.01)
-    found = expectation_maximisation(x, mean, var, prior, shift=x.mean(dim=0), stopping=revive)
-    assert (torch.bincount(assign(x, found), minlength=3) >= 20).all()
-    centres = lloyd(x, mean, shift=x.mean(dim=0), spread=x.var(dim=0), stopping=revive)
-    assert (torch.bincount(assign(x, centres), minlength=3) >= 20).all()
-
-
 def test_a_context_of_a_single_outlier_warns():
     pixels, _ = groups([400, 400])
+    pixels = pixels // 8 * 8  # little noise
+    pixels[:, 1:] //= 4
     pixels[0] = 255
     with pytest.warns(UserWarning, match=r"has 1 of 800 training images\. Ask for fewer contexts"):
-        source = ClusterContexts(4).fit_images(pixels)
+        source = ClusterContexts(3, "kmeans").fit_images(pixels)
     assert min(source.clusters.sizes) == 1
     assert min(ClusterContexts(2).fit_images(pixels).clusters.sizes) >= 400
 
@@ -231,9 +123,13 @@ def test_fit_samples_are_drawn_by_the_seed():
     assert sum(source.clusters.sizes) == 25
     again = ClusterContexts(3, fit_samples=25).fit(table(pixels))
     assert torch.equal(source.clusters.clustering.mean, again.clusters.clustering.mean)
-    streamed = ClusterContexts(3, fit_samples=25).fit(table(pixels).to_iterable_dataset())
-    first = ClusterContexts(3).fit_images(pixels[:25])
-    assert torch.equal(streamed.clusters.clustering.mean, first.clusters.clustering.mean)
+    for other in (
+        ClusterContexts(3, fit_samples=25).fit(table(pixels).to_iterable_dataset()),
+        ClusterContexts(3, fit_samples=25).fit_images(pixels),
+    ):
+        assert torch.equal(other.clusters.clustering.mean, source.clusters.clustering.mean)
+    other = ClusterContexts(3, fit_samples=25, seed=1).fit(table(pixels))
+    assert not torch.equal(other.clusters.clustering.mean, source.clusters.clustering.mean)
     assert sum(ClusterContexts(3, fit_samples=10_000).fit(table(pixels)).clusters.sizes) == 120
 
 
@@ -439,28 +335,44 @@ def test_saved_embeddings_need_the_same_model_again(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_contexts": 0}, "num_contexts is 0"),
-        ({"num_contexts": 2.0}, "num_contexts is 2.0"),
+        ({"num_contexts": 0}, "num_contexts to be an integer of at least 1, received 0"),
+        ({"num_contexts": 2.0}, "num_contexts to be an integer .*received 2.0"),
+        ({"num_contexts": True}, "num_contexts to be an integer .*received True"),
+        ({"n_init": 0}, "n_init .*received 0"),
         ({"method": "gnm"}, "did you mean 'gmm'"),
         ({"features": "pixel"}, "did you mean 'pixels'"),
         ({"features": 3}, "Unknown features 3"),
-        ({"names": ["a", "b"]}, "Received 2 names for num_contexts=3"),
+        ({"names": ["a", "b"]}, "Expected num_contexts=3 names, received 2"),
         ({"names": ["a", "a", "b"]}, "all different"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": None}, "seed is None"),
-        ({"max_iterations": 0}, "max_iterations is 0"),
-        ({"tol": -1}, "tol is -1"),
-        ({"tol": float("nan")}, "tol is nan"),
-        ({"reg_covar": "x"}, "reg_covar is 'x'"),
-        ({"reg_covar": 0}, "reg_covar is 0"),
-        ({"min_share": 1}, "min_share is 1"),
-        ({"fit_samples": 0}, "fit_samples is 0"),
-        ({"pca_components": -2}, "pca_components is -2"),
+        ({"seed": -1}, "seed .*received -1"),
+        ({"seed": None}, "seed .*received None"),
+        ({"seed": True}, "seed .*received True"),
+        ({"max_iterations": 0}, "max_iterations .*received 0"),
+        ({"tol": -1}, "tol .*received -1"),
+        ({"tol": True}, "tol .*received True"),
+        ({"tol": float("nan")}, "tol .*received nan"),
+        ({"tol": float("inf")}, "tol .*received inf"),
+        ({"reg_covar": "x"}, "reg_covar .*received 'x'"),
+        ({"reg_covar": 0}, "reg_covar to be a number above 0, received 0"),
+        ({"min_share": 1}, "min_share .*below 1, received 1"),
+        ({"fit_samples": 0}, "fit_samples .*received 0"),
+        ({"fit_samples": 2.5}, "fit_samples .*received 2.5"),
+        ({"pca_components": -2}, "pca_components .*received -2"),
+        ({"image_column": 3}, "image_column to be the name of a column or None, received 3"),
         ({"image_mode": "CMYK"}, "Unknown image_mode 'CMYK'"),
         ({"decode_size": 0}, "decode_size is 0"),
-        ({"std": 0}, "std is 0"),
-        ({"mean": (1, 2)}, "mean is"),
-        ({"num_workers": -1}, "num_workers is -1"),
+        ({"decode_size": True}, "decode_size is True"),
+        ({"decode_size": 2.5}, "decode_size is 2.5"),
+        ({"std": 0}, "std .*above 0, received 0"),
+        ({"std": (1, 1, float("nan"))}, "std .*received nan"),
+        ({"mean": (1, 2)}, "mean to be one number or one a channel"),
+        ({"mean": "xyz"}, "mean .*received 'xyz'"),
+        ({"mean": None}, "mean .*received None"),
+        ({"num_workers": -1}, "num_workers .*received -1"),
+        ({"num_workers": True}, "num_workers .*received True"),
+        ({"device": "gpu"}, "Device 'gpu' cannot be used here"),
+        ({"memory_budget_bytes": -1}, "memory_budget_bytes .*received -1"),
+        ({"memory_budget_bytes": 1e9}, "memory_budget_bytes .*received 1000000000.0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -468,10 +380,243 @@ def test_bad_options_are_named(options, message):
         ClusterContexts(**options)
 
 
-def test_assign_works_on_any_float_dtype():
-    clustering = Clustering(mean=torch.tensor([[0.0], [1.0]]), var=None, prior=None, objective=0.0, num_iterations=1)
-    for dtype in (torch.float16, torch.float32, torch.float64):
-        assert assign(torch.tensor([[0.2], [0.9]], dtype=dtype), clustering).tolist() == [0, 1]
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("levels", [1, 2, 8, 60])
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_dark_and_tiny_images_have_clusters_too(seed, levels, size):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, levels + 1, (300, 3, size, size), generator=generator, dtype=torch.uint8)
+    source = ClusterContexts(3, seed=seed).fit_images(pixels)
+    assert min(source.clusters.sizes) > 0
+    assert sum(source.clusters.sizes) == 300
+
+
+def test_dark_groups_are_parted_and_a_given_reg_covar_is_taken_as_it_is():
+    pixels, kinds = groups([60, 70])
+    pixels //= 64
+    source = ClusterContexts(2).fit_images(pixels)
+    assert adjusted_rand_score(kinds, source.predict(pixels)) == 1
+    with pytest.raises(ContextSourceError, match=r"reg_covar \(0\.1\) is large beside the features' mean variance"):
+        ClusterContexts(3, reg_covar=0.1).fit_images(pixels)
+
+
+def test_a_budget_below_the_sample_makes_it_smaller_with_a_warning():
+    pixels, kinds = groups([30, 40, 50])
+    options = {"num_contexts": 3, "memory_budget_bytes": 4 * 108 * 60}
+    for data in (table(pixels), table(pixels).to_iterable_dataset()):
+        with pytest.warns(UserWarning, match=r"memory_budget_bytes \(25920\) holds 60 images"):
+            source = ClusterContexts(**options).fit(data)
+        assert sum(source.clusters.sizes) == 60
+        assert adjusted_rand_score(kinds, source.predict(pixels)) == 1
+    smaller = ClusterContexts(3, fit_samples=60).fit(table(pixels))
+    assert torch.equal(smaller.clusters.clustering.mean, source.clusters.clustering.mean)
+
+
+def test_of_a_stream_only_what_may_be_sampled_is_decoded(monkeypatch):
+    from cn_hf.reading import images
+
+    pixels, _ = groups([700, 700], size=3)
+    decoded, decode = [], images.decode_image
+    monkeypatch.setattr(images, "decode_image", lambda *given: (decoded.append(0), decode(*given))[1])
+    source = ClusterContexts(2, fit_samples=50).fit(table(pixels).to_iterable_dataset())
+    assert sum(source.clusters.sizes) == 50
+    assert len(decoded) < 400
+    decoded.clear()
+    ClusterContexts(2, fit_samples=50).fit(table(pixels))
+    assert len(decoded) == 50
+
+
+MEMORY_SCRIPT = """
+import io, sys
+import datasets, torch, PIL.Image
+from cn_hf.contexts import ClusterContexts, image_source
+image_source._GROUP_BYTES = 2**21
+
+def png(seed):
+    pixels = torch.randint(0, 100, (32, 32, 3), generator=torch.Generator().manual_seed(seed)) + seed % 2 * 100
+    with io.BytesIO() as file:
+        PIL.Image.fromarray(pixels.to(torch.uint8).numpy()).save(file, "PNG", compress_level=0)
+        return {"bytes": file.getvalue(), "path": None}
+
+features = datasets.Features({"img": datasets.Image()})
+few = datasets.Dataset.from_dict({"img": [png(k) for k in range(100)]}, features=features)
+data = datasets.concatenate_datasets([few] * 300)
+ClusterContexts(2).fit(few).apply(few)
+
+def peak():
+    status = open("/proc/self/status").read()  # getrusage would count the parent's memory too
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+before = peak()
+source = ClusterContexts(2, fit_samples=int(sys.argv[1])).fit(data.to_iterable_dataset())
+ids = source.apply(data)["context_ids"][:]
+assert ids == ids[:100] * 300 and len(set(ids)) == 2
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is asked of Linux")
+def test_resident_memory_is_bounded_by_the_sample():
+    grown = []
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # what is freed goes back to the system at once
+    for samples in (1000, 30_000):
+        command = [sys.executable, "-c", MEMORY_SCRIPT, str(samples)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS.parent, env=environment)
+        assert run.returncode == 0, run.stderr
+        grown.append(float(run.stdout))
+    assert grown[0] < 100  # MiB: 12 of vectors, and a few chunks
+    assert grown[1] > 250  # 352 MiB of vectors: the script measures
+
+
+def failures():
+    good = table(groups([300, 300])[0])
+    rows = good.select(range(9)).cast_column("img", datasets.Image(decode=False)).to_list()
+    rows[5]["img"]["bytes"] = rows[5]["img"]["bytes"][:40]
+    broken = datasets.Dataset.from_list(rows, features=good.features)
+    return {
+        "corrupt": (DatasetFileError, "Image 5 of column 'img'", broken),
+        "corrupt stream": (DatasetFileError, "Image 5 of column 'img'", broken.to_iterable_dataset()),
+        "few": (ContextSourceError, "2 training images cannot form 3 contexts", good.select(range(2))),
+        "split": (DatasetError, "No split 'train'", datasets.DatasetDict(test=good)),
+    }
+
+
+def _process(rank, count, port, folder):
+    from accelerate import PartialState
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    pixels, _ = groups([30, 40, 50])
+    with pytest.raises(ConfigError, match=r"no process group yet. Create an accelerate.Accelerator"):
+        ClusterContexts(3).fit(table(pixels), distributed=True)
+    PartialState(cpu=True)
+    found = {}
+    for name, options in FITS.items():
+        data = table(pixels)
+        data = data.to_iterable_dataset() if "stream" in name else data
+        model = stem_network() if options.get("features") == "stem" else None
+        # Another process's images are never looked at: only those of process 0 decide.
+        data = data if rank == 0 else data.take(1)
+        found[name] = ClusterContexts(3, **options).fit(data, distributed=True, model=model).predict(pixels)
+    for error, message, data in failures().values():
+        source = ClusterContexts(3)
+        with pytest.raises(error, match=message if rank == 0 else "Process 0: "):
+            source.fit(data, distributed=True)
+        assert not source.fitted
+    bug = ClusterContexts(3, features=lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError if rank == 0 else ContextSourceError, match="division by zero"):
+        bug.fit(table(pixels), distributed=True)
+    if rank == 0:
+        assert ClusterContexts(3).fit(table(pixels)).fitted  # by itself: it must not wait for the others
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+FITS = {
+    "gmm": {},
+    "k-means of a stream": {"method": "kmeans", "fit_samples": 100},
+    "principal components": {"features": "pca", "pca_components": 8},
+    "stem": {"features": "stem"},
+}
+
+
+@pytest.mark.slow
+def test_processes_get_what_the_first_finds(tmp_path):
+    run_together(_process, 2, free_port(), str(tmp_path), processes=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    pixels, kinds = groups([30, 40, 50])
+    for name, options in FITS.items():
+        assert torch.equal(one[name], other[name])
+        if name != "stem":
+            assert torch.equal(one[name], ClusterContexts(3, **options).fit(table(pixels)).predict(pixels))
+        assert adjusted_rand_score(kinds, one[name]) == 1
+
+
+def test_one_process_may_say_distributed_too():
+    pixels, _ = groups([30, 40])
+    one, other = ClusterContexts(2).fit(table(pixels), distributed=True), ClusterContexts(2).fit(table(pixels))
+    assert torch.equal(one.clusters.clustering.mean, other.clusters.clustering.mean)
+
+
+def stem_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+@pytest.mark.parametrize("method", ["gmm", "kmeans"])
+def test_statistics_of_a_stem_are_clustered_and_saved_with_the_source(tmp_path, method):
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randint(120, 130, (60, 3, 1, 1), generator=generator).expand(-1, -1, 8, 8)
+    noise = torch.randint(-40, 41, (60, 3, 8, 8), generator=generator)
+    kinds = torch.arange(60) % 2
+    pixels = (smooth + noise * kinds.view(-1, 1, 1, 1)).clamp(0, 255).to(torch.uint8)
+    model = stem_network()
+    source = ClusterContexts(2, method, "stem").fit_images(pixels, model=model)
+    expected = source.predict(pixels)
+    assert adjusted_rand_score(kinds, expected) == 1
+    with torch.no_grad():
+        model[0].weight.zero_()  # the source has a copy
+    assert torch.equal(source.predict(pixels), expected)
+    source.save(tmp_path)
+    assert torch.equal(ContextSource.load(tmp_path).predict(pixels), expected)
+    applied = source.fit(table(pixels), model=stem_network()).apply(table(pixels))
+    assert adjusted_rand_score(kinds, applied["context_ids"][:]) == 1
+
+
+def test_a_model_is_given_exactly_where_a_stem_is_needed():
+    pixels, _ = groups([9, 9])
+    for source, model in ((ClusterContexts(2, features="stem"), None), (ClusterContexts(2), stem_network())):
+        with pytest.raises(ConfigError, match=r"Do: ClusterContexts\(features='stem'\)"):
+            source.fit_images(pixels, model=model)
+        with pytest.raises(ConfigError, match="received features="):
+            source.fit(table(pixels), model=model)
+    with pytest.raises(ConfigError, match="begins with a Conv2d, received Sequential, whose first layer is Linear"):
+        ClusterContexts(2, features="stem").fit_images(pixels, model=nn.Sequential(nn.Flatten(), nn.Linear(108, 2)))
+
+
+@pytest.mark.parametrize("features", ["pixels", "pca", "stem", "model"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda config, tensors: config.update(sizes=[1]),
+        lambda config, tensors: config.update(sizes=[1, -1]),
+        lambda config, tensors: config.update(shape=[3, 6]),
+        lambda config, tensors: config.update(shape=[3, 6, True]),
+        lambda config, tensors: config.update(scale=float("nan")),
+        lambda config, tensors: config.update(objective="low"),
+        lambda config, tensors: config["options"].update(num_contexts=10**12),
+        lambda config, tensors: config["options"].update(num_contexts=True),
+        lambda config, tensors: config["options"].update(method="kmeans"),
+        lambda config, tensors: config["image"].update(size=[6, 6, 6]),
+        lambda config, tensors: tensors["var"].neg_(),
+        lambda config, tensors: tensors["mean"].fill_(float("nan")),
+        lambda config, tensors: tensors.update(mean=tensors["mean"][:, 1:].contiguous()),
+        lambda config, tensors: tensors.update(mean=tensors["mean"].int()),
+        lambda config, tensors: tensors.update(extra=torch.zeros(1)),
+        lambda config, tensors: tensors.pop("prior"),
+        lambda config, tensors: config["stem"].update(stride=[0, 1]) if config["stem"] else config.pop("stem"),
+    ],
+)
+def test_saved_clusters_that_no_fit_gives_are_one_clear_error(tmp_path, features, damage):
+    pixels, _ = groups([20, 20])
+    given = Embedder() if features == "model" else features
+    model = stem_network() if features == "stem" else None
+    ClusterContexts(2, features=given).fit_images(pixels, model=model).save(tmp_path)
+    config, tensors = read_source(tmp_path)
+    complete = dict(config)
+    damage(config, tensors)
+    write_source(tmp_path, config, tensors)
+    load = {"features": Embedder()} if features == "model" else {}
+    if "stem" in complete and "stem" not in config:  # as files of before are
+        assert torch.equal(ContextSource.load(tmp_path, **load).predict(pixels[:0]), torch.empty(0, dtype=torch.int64))
+        return
+    with pytest.raises(CheckpointError):
+        ContextSource.load(tmp_path, **load)
 
 
 def test_gmm_contexts_of_cifar10(shared_data):

@@ -346,7 +346,20 @@ def test_datasets_of_different_kinds_do_not_blend():
 
 @pytest.mark.parametrize(
     "options",
-    [{"image_mode": "CMYK"}, {"decode_size": "large"}, {"decode_size": 0}, {"label_column": "image"}],
+    [
+        {"shuffle_seed": True},
+        {"shuffle_seed": -1},
+        {"shuffle_seed": "3"},
+        {"image_column": 3},
+        {"label_column": ""},
+        {"label_columns": {"digits": 3}},
+        {"image_columns": "image"},
+        {"decode_size": True},
+        {"image_mode": "CMYK"},
+        {"decode_size": "large"},
+        {"decode_size": 0},
+        {"label_column": "image"},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigError):

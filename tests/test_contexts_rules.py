@@ -134,6 +134,8 @@ def test_rules_on_examples_cannot_predict():
         (ConfigError, (len, ["x"]), {"on": "images"}),
         (ConfigError, (len, ["x"]), {"on": "image", "columns": ["image"]}),
         (ConfigError, (len, ["x"]), {"columns": "label"}),
+        (ConfigError, (len, ["x"]), {"columns": [3]}),
+        (ConfigError, (len, ["x"]), {"image_column": True}),
         (ConfigError, (len, ["x"]), {"image_mode": "CMYK"}),
     ],
 )
@@ -229,7 +231,19 @@ def test_images_of_one_brightness_have_no_threshold():
         source.fit(table([]))
 
 
-@pytest.mark.parametrize("options", [{"threshold": 300}, {"threshold": "x"}, {"names": ["day"]}, {"num_workers": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 300},
+        {"threshold": True},
+        {"threshold": float("nan")},
+        {"threshold": "x"},
+        {"names": ["day"]},
+        {"num_workers": -1},
+        {"num_workers": False},
+        {"image_column": ""},
+    ],
+)
 def test_bad_brightness_options_are_refused(options):
     with pytest.raises(ConfigError):
         BrightnessContexts(**options)

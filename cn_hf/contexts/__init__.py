@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cn_hf.contexts.column import ColumnContexts
     from cn_hf.contexts.origin import OriginContexts
     from cn_hf.contexts.rules import BrightnessContexts, RuleContexts
+    from cn_hf.contexts.statistics import StatisticsContexts
     from cn_hf.reading.access import CONTEXT_COLUMN
     from cn_hf.reading.corrupt import drop_corrupt_images
 
@@ -22,6 +23,7 @@ __all__ = [
     "ContextSource",
     "OriginContexts",
     "RuleContexts",
+    "StatisticsContexts",
     "drop_corrupt_images",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "ContextSource": "cn_hf.contexts.base",
     "OriginContexts": "cn_hf.contexts.origin",
     "RuleContexts": "cn_hf.contexts.rules",
+    "StatisticsContexts": "cn_hf.contexts.statistics",
     "drop_corrupt_images": "cn_hf.reading.corrupt",
 }
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
+import numbers
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +40,9 @@ from cn_hf.reading.access import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ContextSource", "RowContextSource", "check_names"]
+__all__ = ["ContextSource", "RowContextSource", "check_column_name", "check_flag", "check_names", "check_number"]
 
-_MODULES = ("clusters", "column", "origin", "rules")
+_MODULES = ("clusters", "column", "origin", "rules", "statistics")
 
 
 def check_names(names: object, what: str = "context names") -> tuple[str, ...]:
@@ -56,6 +58,59 @@ def check_names(names: object, what: str = "context names") -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    integer: bool = False,
+) -> None:
+    """Check that an option is a finite number, and no bool, within limits.
+
+    Args:
+        name: of the option, for the message.
+        value: anything.
+        least: the smallest valid number.
+        above: valid numbers are greater.
+        below: valid numbers are smaller.
+        most: the largest valid number.
+        integer: only integers are valid.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    kind: type[Any] = numbers.Integral if integer else numbers.Real
+    fitting = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not fitting or not (least <= value <= most and above < value < below):  # type: ignore[operator]  # a number, by now
+        limits = ((" of at least ", least), (" above ", above), (" below ", below), (" up to ", most))
+        words = "".join(f"{word}{limit:g}" for word, limit in limits if math.isfinite(limit))
+        what = "an integer" if integer else "a number"
+        raise ConfigError(f"Expected {name} to be {what}{words}, received {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check that an option is True or False, and nothing that only counts as such.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"Expected {name} to be True or False, received {value!r}.")
+
+
+def check_column_name(name: str, value: object) -> None:
+    """Check that an option names a column, or is None.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    if value is not None and not (isinstance(value, str) and value):
+        raise ConfigError(f"Expected {name} to be the name of a column or None, received {value!r}.")
+
+
 class ContextSource(ABC):
     """Names the context of each sample.
 
@@ -64,6 +119,10 @@ class ContextSource(ABC):
     """
 
     type: ClassVar[str]
+    format: ClassVar[int] = 1
+    """Number of the form of its saved files: raised when releases before can no longer read them."""
+    has_tensors: ClassVar[bool] = True
+    """True if ``_state`` may give tensors."""
     given: ClassVar[tuple[str, ...]] = ()
     """Arguments of ``load`` that stand for parts that are not saved."""
     _names: tuple[str, ...] | None = None
@@ -157,7 +216,7 @@ class ContextSource(ABC):
         """
         self._check_fitted()
         config, tensors = self._state()
-        write_source(folder, {"type": self.type, "names": list(self.names), **config}, tensors)
+        write_source(folder, {"format": self.format, "type": self.type, "names": list(self.names), **config}, tensors)
 
     @classmethod
     def load(
@@ -190,8 +249,12 @@ class ContextSource(ABC):
             if name not in source.given:
                 raise ContextSourceError(f"A {source.__name__} is whole as saved and takes no {name}=.")
         try:
+            if tensors and not source.has_tensors:
+                raise ConfigError(f"Expected no tensors, received {sorted(tensors)}.")
             loaded: Self = source._from_state(config, tensors, given)
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except ContextSourceError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{CONFIG_FILE} in {folder} does not describe a {source.__name__} ({type(error).__name__}: {error})."
             ) from error

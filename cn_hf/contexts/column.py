@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cn_hf.contexts.base import RowContextSource, check_names
+from cn_hf.contexts.base import RowContextSource, check_flag, check_names
 from cn_hf.errors import ConfigError, DatasetError, nearest
 from cn_hf.reading.access import (
     DatasetLike,
@@ -129,6 +129,7 @@ class ColumnContexts(RowContextSource):
     """
 
     type = "column"
+    has_tensors = False
 
     def __init__(self, column: str) -> None:
         if not isinstance(column, str) or not column:
@@ -176,6 +177,7 @@ class ColumnContexts(RowContextSource):
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], given: Mapping[str, Callable[..., Any]]
     ) -> Self:
         source = cls(config["column"])
+        check_flag("numbered", config["numbered"])
         names = check_names(config["names"])
-        source._set(Categories(column=source.column, names=names, numbered=bool(config["numbered"])))
+        source._set(Categories(column=source.column, names=names, numbered=config["numbered"]))
         return source

@@ -9,7 +9,7 @@ Shape legend: ``N`` images, ``C`` channels (3 for RGB, 1 for L), ``H`` ``W`` pix
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import datasets
@@ -19,13 +19,11 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.base import RowContextSource
-from cn_hf.contexts.processes import ALONE, Processes
-from cn_hf.errors import ConfigError, ContextSourceError, InputTypeError
+from cn_hf.contexts.base import RowContextSource, check_column_name, check_number
+from cn_hf.errors import ContextSourceError, InputTypeError
 from cn_hf.reading.access import Split, warn_of_test_split
 from cn_hf.reading.images import (
     Array,
-    DecodedBatch,
     accepts_image_size,
     check_image_options,
     decode_rows,
@@ -76,8 +74,8 @@ class ImageContextSource(RowContextSource):
         decode_size: int | Sequence[int] | None,
         num_workers: int,
     ) -> None:
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ConfigError(f"num_workers is {num_workers!r}; expected 0 or a number of threads.")
+        check_number("num_workers", num_workers, least=0, integer=True)
+        check_column_name("image_column", image_column)
         self.image_column = image_column
         self.decode_size = check_image_options(image_mode, decode_size)
         self.image_mode = image_mode
@@ -126,27 +124,35 @@ class ImageContextSource(RowContextSource):
     def _fit_chunks(self, chunks: Iterable[PixelChunk]) -> None:
         """Learn from the training images; assigns nothing before all has succeeded."""
 
-    def _training_rows(self, split: Split) -> tuple[Split, list[int] | None]:
-        """The split to fit on and, of a ``Dataset``, the rows to use (None for all)."""
-        return split, None
-
     def _fit_split(self, split: Split) -> None:
         warn_of_test_split(split)
-        split, rows = self._training_rows(split)
-        self._fit_chunks(self._split_chunks(split, rows))
+        self._fit_chunks(self._split_chunks(split))
 
-    def _split_chunks(self, split: Split, rows: list[int] | None, processes: Processes = ALONE) -> Iterator[PixelChunk]:
-        """Decoded images of a split; of one shared by several processes, where ``rows`` are this one's, its part."""
-        for batch in self._decoded(split, rows, processes):
-            yield from self._by_size(batch[1], batch[0])
+    def _split_chunks(
+        self, split: Split, rows: list[int] | None = None, keep: Callable[[int], bool] | None = None
+    ) -> Iterator[PixelChunk]:
+        """Decoded images of a split: all, or of a ``Dataset`` those of ``rows``, that ``keep`` is true of."""
+        for places, arrays in self._decoded(split, rows, keep):
+            yield from self._by_size(arrays, places)
 
     def _decoded(
-        self, split: Split, rows: list[int] | None = None, processes: Processes = ALONE
+        self, split: Split, rows: list[int] | None = None, keep: Callable[[int], bool] | None = None
     ) -> Iterator[tuple[list[int], list[Array]]]:
         """Rows and arrays of a split, as many at a time as ``_GROUP_BYTES`` hold: few large steps beat many small."""
         group: tuple[list[int], list[Array]] = ([], [])
         held = 0
-        for places, arrays in self._decoded_batches(split, rows, processes):
+        batches = iter_decoded(
+            split,
+            self.image_column,
+            mode=self.image_mode,
+            size=self.decode_size,
+            batch_size=self.batch_size,
+            rows=rows,
+            keep=keep,
+            num_workers=self.num_workers,
+            progress=f"{self.__class__.__name__}: decoding",
+        )
+        for places, arrays in batches:
             group[0].extend(places)
             group[1].extend(arrays)
             held += sum(array.nbytes for array in arrays)
@@ -154,20 +160,6 @@ class ImageContextSource(RowContextSource):
                 yield group
                 group, held = ([], []), 0
         yield group
-
-    def _decoded_batches(self, split: Split, rows: list[int] | None, processes: Processes) -> Iterator[DecodedBatch]:
-        streamed = isinstance(split, datasets.IterableDataset)
-        return iter_decoded(
-            split,
-            self.image_column,
-            mode=self.image_mode,
-            size=self.decode_size,
-            batch_size=self.batch_size,
-            rows=rows,
-            keep=processes.owns if streamed and processes.count > 1 else None,
-            num_workers=self.num_workers,
-            progress=f"{self.__class__.__name__}: decoding" if processes.first else None,
-        )
 
     def _given_chunks(self, images: Any) -> Iterable[PixelChunk]:
         if isinstance(images, Tensor):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from torch import Tensor
 
-from cn_hf.contexts.base import ContextSource, check_names
+from cn_hf.contexts.base import ContextSource, check_column_name, check_flag, check_names, check_number
 from cn_hf.contexts.blending import Blend, Origin, blended_label_column, first_image_size, unify
 from cn_hf.contexts.column import Categories
 from cn_hf.errors import (
@@ -83,6 +83,7 @@ class OriginContexts(ContextSource):
     """
 
     type = "origin"
+    has_tensors = False
 
     @accepts_image_size
     def __init__(
@@ -106,6 +107,16 @@ class OriginContexts(ContextSource):
                 "one after the other), 'shared' (the same classes, matched by name) or 'none'."
             )
         names = check_names(list(origins), "names of origins")
+        if shuffle_seed is not None:
+            check_number("shuffle_seed", shuffle_seed, least=0, integer=True)
+        for option, column in (("image_column", image_column), ("label_column", label_column)):
+            if not isinstance(column, str) or not column:
+                raise ConfigError(f"Expected {option} to be the name of a column, received {column!r}.")
+        for option, named in (("image_columns", image_columns), ("label_columns", label_columns)):
+            if named is not None and not isinstance(named, Mapping):
+                raise ConfigError(f"Expected {option} to be a dict from origins to columns, received {named!r}.")
+            for column in (named or {}).values():
+                check_column_name(option, column)
         if image_column == label_column:
             raise ConfigError(f"image_column and label_column are both {image_column!r}.")
         size = None if isinstance(decode_size, str) else check_image_options(image_mode, decode_size)
@@ -259,7 +270,27 @@ class OriginContexts(ContextSource):
         source._origins = tuple(_read_origin(origin) for origin in config["origins"])
         if source._form.names != names or len(source._origins) != len(names) or source.labels not in LABELS:
             raise CheckpointError(f"The saved blend of {list(names)} contradicts itself.")
+        source._check_saved()
         return source
+
+    def _check_saved(self) -> None:
+        """Refuse what no ``save`` writes."""
+        form = self._form
+        if self.shuffle_seed is not None:
+            check_number("shuffle_seed", self.shuffle_seed, least=0, integer=True)
+        check_image_options(form.image_mode, form.decode_size)
+        for column in (form.image_column, form.label_column):
+            check_column_name("form", column)
+        classes = () if form.class_names is None else check_names(form.class_names, "class names")
+        if (form.class_names is None) != (self.labels == "none") or form.image_column == form.label_column:
+            raise ConfigError("The form of the saved blend does not fit its labels.")
+        for index, origin in enumerate(self._origins):
+            check_column_name("image_column", origin.image_column)
+            check_column_name("label_column", origin.label_column)
+            check_number("offset", origin.offset, least=0, integer=True)
+            known = () if origin.categories is None else origin.categories.names
+            if origin.index != index or origin.offset + len(known) > len(classes) or bool(known) != bool(classes):
+                raise ConfigError(f"The saved origin {self.names[index]!r} contradicts the blend.")
 
 
 @contextlib.contextmanager
@@ -350,7 +381,7 @@ def _common_size(origins: Mapping[str, DatasetLike], described: Sequence[Origin]
 def _read_origin(config: Mapping[str, Any]) -> Origin:
     values, categories = dict(config), config["categories"]
     if categories is not None:
-        values["categories"] = Categories(
-            column=categories["column"], names=check_names(categories["names"]), numbered=bool(categories["numbered"])
-        )
+        check_flag("numbered", categories["numbered"])
+        names = check_names(categories["names"])
+        values["categories"] = Categories(column=categories["column"], names=names, numbered=categories["numbered"])
     return Origin(**values)

@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cn_hf.contexts.base import RowContextSource, check_names
+from cn_hf.contexts.base import RowContextSource, check_column_name, check_flag, check_names, check_number
 from cn_hf.contexts.embedding import describe
 from cn_hf.contexts.image_source import ImageContextSource, PixelChunk, in_mode, to_pil
 from cn_hf.errors import ConfigError, ContextSourceError, DatasetError, InputTypeError, nearest
@@ -54,6 +54,7 @@ class RuleContexts(RowContextSource):
     """
 
     type = "rule"
+    has_tensors = False
     given = ("fn",)
 
     def __init__(
@@ -72,6 +73,9 @@ class RuleContexts(RowContextSource):
             raise ConfigError(f"Unknown on={on!r}; {nearest(str(on), SUBJECTS)}")
         if columns is not None and (on == "image" or isinstance(columns, str) or not columns):
             raise ConfigError(f"columns is {columns!r}; expected a list of column names, and on='example'.")
+        for column in columns or ():
+            check_column_name("columns", column)
+        check_column_name("image_column", image_column)
         check_image_options(image_mode, None)
         self.fn = fn
         self.on = on
@@ -201,6 +205,7 @@ class BrightnessContexts(ImageContextSource):
     """
 
     type = "brightness"
+    has_tensors = False
     one_size = False
 
     def __init__(
@@ -212,9 +217,8 @@ class BrightnessContexts(ImageContextSource):
         num_workers: int = 0,
     ) -> None:
         super().__init__(image_column=image_column, image_mode="RGB", decode_size=None, num_workers=num_workers)
-        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if threshold is not None and not (number and 0 <= threshold <= 255):
-            raise ConfigError(f"threshold is {threshold!r}; expected a mean luma from 0 to 255, or None to find one.")
+        if threshold is not None:
+            check_number("threshold", threshold, least=0, most=255)
         self._names = check_names(names)
         if len(self._names) != 2:
             raise ConfigError(f"Expected two names, the bright context's and the dark one's; received {list(names)!r}.")
@@ -259,7 +263,10 @@ class BrightnessContexts(ImageContextSource):
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], given: Mapping[str, Callable[..., Any]]
     ) -> Self:
         source = cls(config["threshold"], names=config["names"], image_column=config["image"]["column"])
-        source._given = bool(config["given"])
+        check_flag("given", config["given"])
+        if config["threshold"] is None:
+            raise ConfigError("Expected a threshold, received None.")
+        source._given = config["given"]
         return source
 
 

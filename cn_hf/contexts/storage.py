@@ -24,7 +24,7 @@ from cn_hf.files import read_description, write_json, write_whole
 __all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
 CONFIG_FILE = "context_source.json"
-FORMAT = 1  # raised when a release can no longer be read by the ones before
+NEWEST_FORMAT = 2
 
 
 def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -32,14 +32,14 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
 
     Args:
         folder: where to.
-        config: JSON values, with the source's ``"type"``.
+        config: JSON values, with the source's ``"format"`` and ``"type"``.
         tensors: by name; none leaves no tensor file.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     path = Path(folder)
-    content = {"format": FORMAT, **config}
+    content = dict(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if tensors:
@@ -69,7 +69,7 @@ def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         CheckpointError: a file is missing, truncated, of a newer format, or not the other's counterpart.
     """
     path = Path(folder) / CONFIG_FILE
-    config = read_description(path, newest=FORMAT, what="context source")
+    config = read_description(path, newest=NEWEST_FORMAT, what="context source")
     checksum = config.pop("tensors_sha256", None)
     if checksum is None:
         return config, {}

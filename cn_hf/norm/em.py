@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -392,6 +392,8 @@ def fit_mixture(
     reg_covar: float = 1e-6,
     distributed: bool = False,
     shift: Tensor | None = None,
+    chunk_rows: int | None = None,
+    each: Callable[..., Iterable[MixtureStatistics]] = map,
 ) -> Mixture:
     """Expectation maximisation from a given start, on the device of ``x``.
 
@@ -405,16 +407,20 @@ def fit_mixture(
         reg_covar: added to every variance.
         distributed: sum the statistics over all processes of the default group.
         shift: ``data_shift`` of the vectors, where the caller has it.
+        chunk_rows: vectors of one E-step, which bounds the memory beside ``x``; None takes all at once.
+        each: ``map``, or that of a pool of threads, over the chunks.
 
     Returns:
         The fitted mixture.
     """
     x = x.to(statistics_dtype(x, mean))
     shift = data_shift(x, distributed) if shift is None else shift
+    chunks = torch.split(x, chunk_rows or max(1, len(x)))
     log_likelihood, previous, iterations = x.new_full((), -math.inf), -math.inf, 0
     while iterations < num_iterations:
         iterations += 1
-        stats = mixture_statistics(x, mean, var, prior, shift=shift)
+        e_step = functools.partial(mixture_statistics, mean=mean, var=var, prior=prior, shift=shift)
+        stats = functools.reduce(MixtureStatistics.plus, each(e_step, chunks))
         if distributed:
             stats = MixtureStatistics(*sum_over_processes(stats))
         mean, var, prior = mixture_update(stats, shift=shift, reg_covar=reg_covar)

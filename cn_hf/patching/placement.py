@@ -19,7 +19,7 @@ from cn_hf.patching.config import BASELINES, ContextNormConfig
 from cn_hf.patching.convert import MIXING, NORMS, REFUSED, NormEntry, qualified_name
 from cn_hf.patching.swapped import own_class
 
-__all__ = ["Target", "find_new_norms", "find_targets", "fitting_mode"]
+__all__ = ["Target", "find_new_norms", "find_targets", "first_layers", "fitting_mode"]
 
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -287,18 +287,28 @@ def _input(model: nn.Module, mode: str) -> list[Target]:
         raise PatchError(
             "where='input' normalises the channels of images: use mode='cn-channels' (or where='embed' for patches)."
         )
-    modules = dict(model.named_modules())
-    found = [(name, module) for name in _first_names(model) if (module := _first_layer(modules.get(name))) is not None]
-    if not found:
-        layers = (nn.MultiheadAttention, nn.Embedding, *LAYERS)
-        found = [item for item in modules.items() if isinstance(item[1], layers)][:1]
-        if found and not isinstance(found[0][1], LAYERS):
-            kind = "an embedding of ids" if isinstance(found[0][1], nn.Embedding) else "attention"
-            raise PatchError(f"The input of {type(model).__name__} goes into {kind} ({found[0][0]}); name norm layers.")
+    found = first_layers(model)
+    if found and not isinstance(found[0][1], LAYERS):
+        kind = "an embedding of ids" if isinstance(found[0][1], nn.Embedding) else "attention"
+        raise PatchError(f"The input of {type(model).__name__} goes into {kind} ({found[0][0]}); name norm layers.")
     if not found:
         raise PatchError(f"{type(model).__name__} has no convolution or linear layer that could receive an input.")
+    return [_input_target(name, module) for name, module in found]
+
+
+def first_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the layers that first receive the image, as timm's configuration gives them; else the first.
+
+    They are convolutions and linear layers; without such a configuration, also attention or an embedding of ids.
+    """
+    modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    return [_input_target(names[id(module)], module) for _, module in found]
+    named = (_first_layer(modules.get(name)) for name in _first_names(model))
+    found = [module for module in named if module is not None]
+    if not found:
+        layers = (nn.MultiheadAttention, nn.Embedding, *LAYERS)
+        found += [module for module in modules.values() if isinstance(module, layers)][:1]
+    return [(names[id(module)], module) for module in found]
 
 
 def _first_names(model: nn.Module) -> list[str]:

@@ -111,8 +111,8 @@ def check_image_options(mode: str, size: int | Sequence[int] | None) -> tuple[in
         raise ConfigError(f"Unknown image_mode {mode!r}; {nearest(str(mode), CHANNELS)}")
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
         raise ConfigError(f"decode_size is {size!r}; expected a positive integer, (height, width), or None.")
     return int(pair[0]), int(pair[1])
 
@@ -274,7 +274,7 @@ def iter_decoded(
         size: int or (height, width) to resize to; None keeps every image's own.
         batch_size: rows read at once.
         rows: of a ``Dataset``, only these, in this order; None for all.
-        keep: of a stream, which cannot be asked for rows, decode the batches whose first row this is true of.
+        keep: true of each row to decode; asked once of each, in order, as it is read.
         num_workers: threads that decode; 0 decodes in this one.
         skip_corrupt: leave out rows that cannot be decoded instead of raising; a gap in ``rows`` tells.
         progress: text before a progress bar; None shows none.
@@ -290,13 +290,21 @@ def iter_decoded(
     column = find_image_column(features_of(split), image_column)
     batches = raw_batches(split, [column], batch_size, rows)
     if keep is not None:
-        batches = (batch for batch in batches if keep(batch[0][0]))
+        batches = _kept(batches, column, keep)
     known = rows if rows is not None else split if isinstance(split, datasets.Dataset) else None
     total = None if known is None else len(known)
     with tqdm(total=total, desc=progress, unit="image", disable=None if progress else True, leave=False) as bar:
         for places, decoded in _decode_in_order(batches, column, mode, size, num_workers):
             yield _checked(decoded, places, column, skip_corrupt=skip_corrupt)
             bar.update(len(places))
+
+
+def _kept(
+    batches: Iterable[tuple[list[int], dict[str, list[Any]]]], column: str, keep: Callable[[int], bool]
+) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+    for rows, batch in batches:
+        places = [place for place, row in enumerate(rows) if keep(row)]
+        yield [rows[place] for place in places], {column: [batch[column][place] for place in places]}
 
 
 def _decode_in_order(
