@@ -18,6 +18,8 @@ from cn_hf.errors import CnHfError
 from cn_hf.experiments.command import cards, reproduce
 from cn_hf.hub.command import inspect, predict, push
 from cn_hf.hub.restyle_command import restyle
+from cn_hf.printing import for_terminal
+from cn_hf.recipes.commands import TRAINING
 
 __all__ = ["app", "main", "run_app"]
 
@@ -25,7 +27,6 @@ app = typer.Typer(
     name="cn-hf",
     help="Context Normalization for timm and Hugging Face vision models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -38,7 +39,9 @@ def main() -> None:
 
 
 def run_app(application: typer.Typer) -> None:
-    """Run a command line. A ``CnHfError`` becomes one message on stderr and exit code 1, without a traceback.
+    """Run a command line; the exit code is 0 if all that was asked was done, else 1, with one message on stderr.
+
+    A ``CnHfError`` becomes such a message, without a traceback; so do options that are not understood.
 
     Where several processes run the same command and the main one fails, it alone speaks: the others, which fail alike
     or for want of it, give the launcher a moment to end them, and speak only if it does not.
@@ -46,6 +49,8 @@ def run_app(application: typer.Typer) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         application()
+    except SystemExit as exit:
+        sys.exit(min(int(exit.code or 0), 1) if isinstance(exit.code, (int, type(None))) else 1)
     except Exception as error:
         if rank != 0:
             time.sleep(_OTHER_PROCESS_PATIENCE)
@@ -53,7 +58,8 @@ def run_app(application: typer.Typer) -> None:
             raise
         if not error.said_elsewhere:
             where = f" [process {rank}]" if rank else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            message = "\n".join(map(for_terminal, str(error).split("\n")))
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -90,6 +96,8 @@ def demo(
     run_demo(output_dir, seed=seed, progress=progress)
 
 
+for name, training in TRAINING.items():
+    app.command(name, help=training.help)(training.command())
 for command in (reproduce, cards, push, inspect, predict, restyle):
     app.command()(command)
 

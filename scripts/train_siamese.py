@@ -1,6 +1,6 @@
 """Train a Siamese network with contexts on its input, then turn day into night with what they learned (paper IV-E).
 
-Run it with python, or under ``accelerate launch`` for several processes:
+The same as ``cn-hf train-siamese``. Run it with python, or under ``accelerate launch`` for several processes:
 
     python scripts/train_siamese.py --dataset data/daynight_cameras --identity-column identity \
         --contexts column:label --compare --output-dir runs/daynight
@@ -11,24 +11,12 @@ shows what would be done.
 
 from __future__ import annotations
 
-from typing import cast
+import typer
 
 from cn_hf.cli import run_app
-from cn_hf.recipes.siamese.config import SiameseConfig
-from cn_hf.training.command import training_app
-from cn_hf.training.config import TrainingConfig
-
-
-def run(config: TrainingConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Import the heavy libraries only once the options are known to be right."""
-    from accelerate import PartialState
-
-    from cn_hf.recipes.siamese.run import train_siamese
-
-    train_siamese(cast(SiameseConfig, config), resume=resume, overwrite=overwrite, dry_run=dry_run)
-    PartialState().destroy_process_group()
-
+from cn_hf.recipes.commands import TRAINING
 
 if __name__ == "__main__":
-    help_text = "Train a Siamese network with contexts on its input, and turn day into night with what they learned."
-    run_app(training_app(run, help=help_text, config_class=SiameseConfig))
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=TRAINING["train-siamese"].help)(TRAINING["train-siamese"].command())
+    run_app(app)

@@ -67,8 +67,11 @@ def test_training_and_hub_blocks(local_data, tmp_path):
     demo, tests, training, _, _, hub = blocks("bash")
     assert "cn-hf demo" in demo
     assert "pytest" in tests
-    command = with_local_data(training.replace("scripts/", f"{ROOT}/scripts/"), local_data)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = with_local_data(training, local_data)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cn-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cn_hf "$@"\n')
+    (tmp_path / "bin" / "cn-hf").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PATH": path}
     run = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
@@ -79,17 +82,18 @@ def test_training_and_hub_blocks(local_data, tmp_path):
     assert "masked baseline" in run.stdout.lower()
 
     PIL.Image.fromarray(np.zeros((50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "cn-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cn_hf.cli "$@"\n')
-    (tmp_path / "bin" / "cn-hf").chmod(0o755)
-    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{path}"
-    for words, line in zip(("README.md", "contexts: 3", "photo.jpg"), hub.splitlines(), strict=True):
+    for name in ("photos/a.png", "more/deep/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("c.png\n")
+    for words, line in zip(("README.md", "contexts: 3", "photo.jpg", ""), hub.splitlines(), strict=True):
         run = subprocess.run(
             ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
             check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         assert words in run.stdout
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_day_for_night_block(tmp_path):
@@ -107,7 +111,7 @@ def test_day_for_night_block(tmp_path):
         data.to_parquet(tmp_path / "places" / "data" / f"{split}-00000-of-00001.parquet")
     PIL.Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
     training, restyling = blocks("bash")[4].splitlines()
-    training = training.replace("scripts/", f"{ROOT}/scripts/").replace("FOLDER", str(tmp_path / "places"))
+    training = training.replace("FOLDER", str(tmp_path / "places"))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     for command in (f"{training} --epochs 2 --image-size 32 --batch-size 12 --no-progress", restyling):
         words = command.replace("cn-hf ", "python -m cn_hf.cli ").split()[1:]

@@ -67,6 +67,8 @@ def portable_command(arguments: Sequence[str]) -> str:
         return ""
     program, rest = arguments[0], arguments[1:]
     words = ["python", portable_path(program)] if program.endswith(".py") else [Path(program).name]
+    if Path(program).name == "__main__.py":  # of a package
+        words = ["python", "-m", Path(program).parent.name]
     for argument in rest:
         option, separator, value = argument.partition("=")
         if separator and option.startswith("-"):

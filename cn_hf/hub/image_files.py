@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,10 @@ def _opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[PIL.Image.Imag
     try:
         if not path.is_file():  # a pipe would be waited for
             raise _no_file(path)
-        with PIL.Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # it is an error below
+            opened = PIL.Image.open(path)
+        with opened as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(path, f"{image.width} x {image.height} pixels", max_pixels)
             yield image
