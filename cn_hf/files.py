@@ -71,7 +71,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
         TypeError: it has no JSON form; nothing is written.
         OSError: the folder cannot be written to, or is full; a file that was there before is untouched.
     """
-    return write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def check_regular(path: Path) -> Path:

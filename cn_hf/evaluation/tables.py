@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from cn_hf.errors import ConfigError, InputTypeError
 from cn_hf.evaluation.environment import run_environment
 from cn_hf.evaluation.report import ProtocolReport, ProtocolRow, standard_error
 from cn_hf.files import write_json
+from cn_hf.printing import for_markdown, for_terminal
 
 __all__ = [
     "SMALL_SAMPLE",
@@ -34,6 +36,11 @@ __all__ = [
 
 SMALL_SAMPLE = 10_000
 """Below so many test samples an accuracy is shown with its binomial standard error."""
+
+
+def _cell(text: str) -> str:
+    """On one line, its bars escaped unless they are already."""
+    return re.sub(r"(?<!\\)\|", r"\|", for_terminal(" ".join(text.split())))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str | None = None) -> str:
@@ -56,7 +63,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, alig
             raise ConfigError(f"a table of {len(header)} columns got {len(row)} in {row!r}")
     if unknown := set(align) - set("lrc"):
         raise ConfigError(f"column alignment {sorted(unknown)} is unknown; use 'l', 'r' or 'c'")
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells = [[_cell(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     pad = {"l": str.ljust, "r": str.rjust, "c": str.center}
     rule = [
@@ -119,7 +126,7 @@ def context_table(report: ProtocolReport, *, k: int = 1) -> str:
         right = row.context_correct.get(k, {})
         cells = [format_accuracy(right[name], n) if n and name in right else "–" for name, n in counts.items()]
         rows.append([row.name, *cells])
-    return markdown_table([f"top-{k}, %", *(f"{name} (n = {n})" for name, n in counts.items())], rows)
+    return markdown_table([f"top-{k}, %", *(f"{for_markdown(name)} (n = {n})" for name, n in counts.items())], rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

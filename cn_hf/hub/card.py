@@ -7,6 +7,7 @@ the Hub's ``model-index``, so that its pages show the table with the honest rows
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from cn_hf.hub.preprocessing import input_size_of
 from cn_hf.patching import context_parameters, patch_report
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import router_of
+from cn_hf.printing import as_code, for_markdown, for_terminal
 
 __all__ = ["checkpoint_card", "run_card"]
 
@@ -100,7 +102,7 @@ def run_card(results: Mapping[str, Any], repo_id: str) -> ModelCard:
         names = data.get("context_names")
         sections = {
             "Model": [
-                f"- network: `{config['model']}`, {network['parameters']:,} parameters, "
+                f"- network: {as_code(config['model'])}, {network['parameters']:,} parameters, "
                 f"{network['context_parameters']:,} of them added",
                 f"- {MODES[config['mode']]}, in {_slots(len(network['slots']))} of the network "
                 f"({_listed([slot['name'] for slot in network['slots']], 3)})",
@@ -154,13 +156,14 @@ def _verification(results: Mapping[str, Any], network: Mapping[str, Any]) -> lis
         accuracy, n = found["correct"] / found["pairs"], found["pairs"]
         error = 100 * found["accuracy_error"]
         area = "–" if found["roc_auc"] is None else f"{100 * found['roc_auc']:.2f}"
-        lines.append(f"| {group} | {100 * accuracy:.2f} ± {error:.2f} | {area} | {n:,} |")
+        lines.append(f"| {for_markdown(group)} | {100 * accuracy:.2f} ± {error:.2f} | {area} | {n:,} |")
     lines.append("")
     for shift in network["restyling"]:
         before, after = shift["distance_before"], shift["distance_after"]
+        source, target = for_markdown(shift["source"]), for_markdown(shift["target"])
         lines.append(
-            f"- {shift['source']} restyled as {shift['target']}: the channels' means are {after[0]:.1f} of 255 levels "
-            f"from real {shift['target']} images' ({before[0]:.1f} before), the standard deviations {after[1]:.1f} "
+            f"- {source} restyled as {target}: the channels' means are {after[0]:.1f} of 255 levels "
+            f"from real {target} images' ({before[0]:.1f} before), the standard deviations {after[1]:.1f} "
             f"({before[1]:.1f} before), over {shift['images']} images."
         )
     return lines
@@ -171,7 +174,7 @@ def _contexts(mode: str, names: Sequence[str] | None, count: int, source: str | 
         return [f"- {count} mixture components; no contexts"]
     if mode == "bn":
         return ["- no contexts"]
-    derived = f", derived by `{source}`" if source else ""
+    derived = f", derived by {as_code(source)}" if source else ""
     if not names:
         return [f"- contexts: {count}{derived}, without names"]
     return [f"- contexts: {len(names)}{derived}: {_listed(names, MANY)}"]
@@ -187,15 +190,14 @@ def _use(
     verifies: bool = False,
 ) -> list[str]:
     """How to load and call it, with a context and without, as far as the mode knows contexts and can do without."""
-    context = json.dumps(names[0], ensure_ascii=False) if names else "0"
+    context = json.dumps(names[0], ensure_ascii=not names[0].isprintable()) if names else "0"
     calls = [f"known = model(images, context_ids={context})  # the context is known"] if mode not in BASELINES else []
     calls += [] if mode == "dsbn" else ["unknown = model(images)  # it is not"] if calls else ["output = model(images)"]
     model = ", model=base" if needs_base else ""
-    on_files = f"On image files: `cn-hf predict {repo_id} IMAGE.jpg`."
+    on_files = f"On image files: {as_code(f'cn-hf predict {repo_id} IMAGE.jpg')}."
     if verifies:
-        on_files = (
-            f"Images in the style of a context: `cn-hf restyle IMAGE.jpg --model {repo_id} --to {context} -o OUT`."
-        )
+        restyle = f"cn-hf restyle IMAGE.jpg --model {repo_id} --to {shlex.quote(names[0]) if names else 0} -o OUT"
+        on_files = f"Images in the style of a context: {as_code(restyle)}."
     given = ["`base` is a copy of the base model.", ""] if needs_base else []
     return [
         *given,
@@ -216,7 +218,7 @@ def _data(config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     size = " x ".join(str(side) for side in data["input_size"])
     count = f"{data['num_classes']} classes" if "num_classes" in data else f"{data['identities']['train']} identities"
     lines = [
-        f"- {', '.join(f'`{name}`' for name in config['dataset'])}; images: {images}",
+        f"- {', '.join(map(as_code, config['dataset']))}; images: {images}",
         f"- {count}, images of {size} (channels, height, width)",
     ]
     skipped = sum(len(rows) for rows in data.get("skipped", {}).values())
@@ -236,7 +238,7 @@ def _training(results: Mapping[str, Any]) -> list[str]:
         known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers") if name in versions)
         lines.append(f"- hardware: {environment['device']}{cpu}; {known}")
     if environment.get("command"):
-        lines += ["", "```bash", environment["command"], "```"]
+        lines += ["", "```bash", for_terminal(environment["command"]), "```"]
     return lines
 
 
@@ -252,7 +254,7 @@ def _results(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['num_samples']:,} |")
     missing = [f"- {row['name']}: {row['unavailable']}" for row in evaluation["rows"] if row.get("unavailable")]
     findings = results.get("findings") or evaluation["findings"]
-    return [*lines, "", *missing, *([""] if missing else []), *(f"- {text}" for text in findings)]
+    return [*lines, "", *missing, *([""] if missing else []), *(f"- {for_markdown(text)}" for text in findings)]
 
 
 def _percent(row: Mapping[str, Any], k: int) -> str:
@@ -276,7 +278,7 @@ def _count_of(results: Mapping[str, Any]) -> int:
 
 
 def _listed(names: Sequence[str], most: int) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:most])
+    shown = ", ".join(map(as_code, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 

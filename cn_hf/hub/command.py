@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cn_hf.errors import ConfigError, DatasetFileError
+from cn_hf.printing import for_terminal
 
 __all__ = ["inspect", "predict", "push"]
 
@@ -34,7 +35,7 @@ def push(
 
     if dry_run:
         found = run_files(run_folder, repo_id)
-        print(f"would go to {repo_id}:\n{found.listing()}\n\n--- README.md ---\n{found.card}")
+        print(f"would go to {for_terminal(repo_id)}:\n{found.listing()}\n\n--- README.md ---\n{found.card}")
         return
     commit = push_run(run_folder, repo_id, private=private or None, token=token, revision=revision)
     print(f"pushed to {commit.commit_url}")

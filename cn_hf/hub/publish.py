@@ -19,6 +19,7 @@ from cn_hf.hub.description import CONFIG_FILE, read_description
 from cn_hf.hub.repository import CARD_FILE, CHECKPOINT, HubOptions, hub_errors, upload
 from cn_hf.hub.staging import settled, visible_files
 from cn_hf.hub.weights import check_weights
+from cn_hf.printing import for_terminal
 
 __all__ = ["CLASSIFIER", "DEMO", "SIAMESE", "RunFiles", "kind_of_run", "push_run", "read_results", "run_files"]
 
@@ -44,7 +45,7 @@ class RunFiles:
 
     def listing(self) -> str:
         """All files with their sizes, as text."""
-        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        sizes = {for_terminal(name): path.stat().st_size for name, path in self.files.items()}
         sizes[CARD_FILE] = len(self.card.encode())
         width = max(map(len, sizes))
         lines = [f"{name.ljust(width)}  {size / 1000:>12,.1f} kB" for name, size in sorted(sizes.items())]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cn_hf.printing import for_terminal
+
 __all__ = ["restyle"]
 
 
@@ -45,4 +47,4 @@ def restyle(
         max_pixels=max_pixels,
         progress=progress,
     )
-    print(f"{len(written)} image{'' if len(written) == 1 else 's'} written to {output}")
+    print(f"{len(written)} image{'' if len(written) == 1 else 's'} written to {for_terminal(output)}")

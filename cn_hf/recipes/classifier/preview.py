@@ -19,6 +19,7 @@ from cn_hf.data import Batches, PreparedData, StreamedBatches, read_context_ids
 from cn_hf.errors import CheckpointError, TrainingError
 from cn_hf.evaluation.plots import new_figure, save_figure
 from cn_hf.patching.routing import RoutedModel
+from cn_hf.printing import for_terminal
 from cn_hf.recipes.classifier.results import data_in_words, network_facts
 from cn_hf.training.config import TrainingConfig
 
@@ -129,7 +130,7 @@ def _data_in_words(data: PreparedData) -> str:
     names = data.context_names or tuple(map(str, range(max(known))))
     table = [["images per context", *counts]]
     for index, name in enumerate(names[:_MAX_CONTEXTS]):
-        table.append([name, *(_count(column, index) for column in counts.values())])
+        table.append([for_terminal(name), *(_count(column, index) for column in counts.values())])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -201,5 +202,5 @@ def _named(value: Tensor, names: Sequence[str] | None) -> list[str]:
 
 
 def _name(index: int, names: Sequence[str] | None, length: int = _MAX_CHARACTERS) -> str:
-    name = str(index) if names is None else " ".join(names[index].split())
+    name = str(index) if names is None else for_terminal(" ".join(names[index].split()))
     return name if len(name) <= length else f"{name[: length - 1]}…"

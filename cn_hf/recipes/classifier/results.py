@@ -25,6 +25,7 @@ from cn_hf.hub import save_pretrained
 from cn_hf.hub.preprocessing import record_preprocessing, save_image_processor
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import RoutedModel
+from cn_hf.printing import for_terminal
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
 from cn_hf.training.networks import save_plain, timm_arguments
@@ -163,7 +164,8 @@ def data_in_words(data: PreparedData) -> str:
     lines.append(f"classes: {data.num_classes}; input: {'x'.join(map(str, data.input_size))}")
     if data.context_names is not None:
         counts = _context_counts(data)
-        shown = [f"{name} {count:,}" if count is not None else name for name, count in counts.items()]
+        names = {name: for_terminal(name) for name in counts}
+        shown = [names[name] + (f" {count:,}" if count is not None else "") for name, count in counts.items()]
         more = "" if len(shown) <= 20 else f" and {len(shown) - 20} more"
         lines.append(f"contexts in train: {', '.join(shown[:20])}{more}")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from cn_hf.files import write_whole
 from cn_hf.hub.description import EMBEDDING
 from cn_hf.patching.restyle import restyle
 from cn_hf.patching.routing import RoutedModel, router_of
+from cn_hf.printing import for_markdown
 from cn_hf.recipes.classifier.results import network_facts, portable_config, save_network
 from cn_hf.recipes.siamese.contact_sheet import write_contact_sheet
 from cn_hf.recipes.siamese.networks import SiameseNetwork, SiameseRun, has_input_contexts
@@ -119,7 +120,7 @@ def _data_in_words(run: SiameseRun) -> str:
 def _verification_table(run: SiameseRun) -> str:
     groups = list(next(iter(run.networks.values())).held_out)
     header = ["network", "accuracy, %", "ROC AUC, %", "EER, %"]
-    header += [f"{group} ({_pairs(run, group)}), %" for group in groups[1:]]
+    header += [f"{for_markdown(group)} ({_pairs(run, group)}), %" for group in groups[1:]]
     rows = []
     for name, network in run.networks.items():
         result = network.held_out["all"]
@@ -160,9 +161,9 @@ def _restyling_table(run: SiameseRun, restyled: dict[str, SiameseNetwork]) -> st
             cycle_8bit = f"{shift.cycle_error_8bit:.2f} ({shift.cycle_error_clipped:.2f})"
             distances = [_distance(pair) for pair in (shift.before, start.after, shift.after)]
             measured = [f"{100 * shift.clipped:.1f}", f"{shift.cycle_error:.1e}", cycle_8bit]
-            rows.append([f"{shift.source} to {shift.target}", name, *distances, *measured])
+            rows.append([for_markdown(f"{shift.source} to {shift.target}"), name, *distances, *measured])
     images = next(iter(restyled.values())).shifts
-    counts = ", ".join(f"{shift.images} {shift.source}" for shift in images)
+    counts = ", ".join(f"{shift.images} {for_markdown(shift.source)}" for shift in images)
     notes = (
         "Distance of held-out images from real held-out images of the target context, in levels of 255: mean over the "
         "channels of the absolute difference of their means, and of their standard deviations, over all pixels "
@@ -196,7 +197,8 @@ def _findings(run: SiameseRun, restyled: dict[str, SiameseNetwork]) -> str:
         covered, at_start = _covered(shift), _covered(start)[0]
         became = "became" if covered[0] > 0.5 else "did not become"
         lines.append(
-            f"- {name}: the learned statistics {became} {shift.source} and {shift.target}: restyling covers "
+            f"- {name}: the learned statistics {became} {for_markdown(shift.source)} and "
+            f"{for_markdown(shift.target)}: restyling covers "
             f"{round(100 * covered[0])} % of the distance of the means and {round(100 * covered[1])} % of that of the "
             f"standard deviations ({round(100 * at_start)} % of the means' before training)."
         )
