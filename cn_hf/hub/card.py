@@ -196,7 +196,7 @@ def _use(
     model = ", model=base" if needs_base else ""
     on_files = f"On image files: {as_code(f'cn-hf predict {repo_id} IMAGE.jpg')}."
     if verifies:
-        restyle = f"cn-hf restyle IMAGE.jpg --model {repo_id} --to {shlex.quote(names[0]) if names else 0} -o OUT"
+        restyle = f"cn-hf restyle IMAGE.jpg --model {repo_id} --to {_in_a_shell(names[0]) if names else 0} -o OUT"
         on_files = f"Images in the style of a context: {as_code(restyle)}."
     given = ["`base` is a copy of the base model.", ""] if needs_base else []
     return [
@@ -211,6 +211,11 @@ def _use(
         "",
         f"{on_files} What it is: `cn-hf inspect {repo_id}`.",
     ]
+
+
+def _in_a_shell(name: str) -> str:
+    quoted = shlex.quote(name)
+    return f'"{name}"' if quoted == name else quoted
 
 
 def _data(config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
