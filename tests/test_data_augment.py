@@ -175,14 +175,15 @@ def test_config_round_trips_json() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"horizontal_flip": 1.5}, "probability"),
-        ({"invert": -0.1}, "invert is a probability"),
-        ({"crop_padding": -1}, "pixels"),
-        ({"crop_padding": 1.5}, "pixels"),
-        ({"rotation": -3}, "degrees"),
-        ({"zoom": 1.0}, "fraction"),
-        ({"image_size": 0}, "positive"),
-        ({"image_size": (3, 4, 5)}, "positive"),
+        ({"horizontal_flip": 1.5}, r"horizontal_flip must be in \[0, 1\], got 1.5"),
+        ({"invert": -0.1}, r"invert must be in \[0, 1\]"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0"),
+        ({"crop_padding": 1.5}, "'crop_padding' must be a whole number"),
+        ({"crop_padding": True}, "'crop_padding' must be a whole number, got True"),
+        ({"rotation": -3}, r"rotation must be in \[0, 180\], got -3"),
+        ({"zoom": 1.0}, r"zoom must be in \[0, 1\)"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": (3, 4, 5)}, r"image_size must be a whole number or \(height, width\), got \(3, 4, 5\)"),
         ({"croppadding": 4}, "did you mean 'crop_padding'"),
     ],
 )

@@ -167,11 +167,12 @@ def test_extreme_alphas_give_shares_between_nothing_and_all(alpha: float) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixup": -0.1}, "mixup is the alpha"),
-        ({"mixup": float("nan")}, "mixup is the alpha"),
-        ({"cutmix": float("inf")}, "cutmix is the alpha"),
-        ({"probability": 1.5}, "probability of mixing"),
-        ({"switch_probability": -1}, "switch_probability of mixing"),
+        ({"mixup": -0.1}, "mixup must be at least 0, got -0.1"),
+        ({"mixup": float("nan")}, "'mixup' must be a finite number"),
+        ({"cutmix": float("inf")}, "'cutmix' must be a finite number"),
+        ({"probability": 1.5}, r"probability must be in \[0, 1\]"),
+        ({"probability": True}, "'probability' must be a finite number"),
+        ({"switch_probability": -1}, r"switch_probability must be in \[0, 1\], got -1"),
     ],
 )
 def test_wrong_configs(options: dict[str, float], message: str) -> None:

@@ -13,15 +13,18 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from cn_hf.data.order import stream_seed
 from cn_hf.errors import ConfigError, InputShapeError, InputTypeError, nearest
+from cn_hf.validation import Count, Fraction, Natural, Number, Share, validated
 
 __all__ = ["Augment", "Augmentation", "AugmentationConfig", "InTurn", "build_augmentation", "whole_batch"]
 
@@ -46,7 +49,14 @@ class Augment(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+def _height_and_width(value: Any) -> Any:
+    pair = (value, value) if isinstance(value, int) else value
+    if pair is not None and (not isinstance(pair, list | tuple) or len(pair) != 2):
+        raise ConfigError(f"image_size must be a whole number or (height, width), got {value!r}")
+    return pair
+
+
+@validated
 class AugmentationConfig:
     """What happens to training images, in this order; the default is nothing.
 
@@ -62,28 +72,12 @@ class AugmentationConfig:
         ConfigError: A value is out of range.
     """
 
-    horizontal_flip: float = 0.0
-    crop_padding: int = 0
-    rotation: float = 0.0
-    zoom: float = 0.0
-    invert: float = 0.0
-    image_size: int | tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("horizontal_flip", "invert"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ConfigError(f"{name} is a probability; got {value}")
-        if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
-            raise ConfigError(f"crop_padding is a number of pixels, 0 or more; got {self.crop_padding}")
-        if not 0 <= self.rotation <= 180:
-            raise ConfigError(f"rotation is an angle from 0 to 180 degrees; got {self.rotation}")
-        if not 0 <= self.zoom < 1:
-            raise ConfigError(f"zoom is a fraction from 0 to below 1; got {self.zoom}")
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        if size is not None:
-            if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-                raise ConfigError(f"image_size is a positive number or (height, width); got {self.image_size!r}")
-            object.__setattr__(self, "image_size", tuple(size))
+    horizontal_flip: Share = 0.0
+    crop_padding: Natural = 0
+    rotation: Annotated[Number, Ge(0), Le(180)] = 0.0
+    zoom: Fraction = 0.0
+    invert: Share = 0.0
+    image_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_height_and_width)] = None
 
     def evaluation(self) -> AugmentationConfig:
         """What remains for validation and test images: the resize."""
@@ -100,10 +94,7 @@ class AugmentationConfig:
         Raises:
             ConfigError: An option is unknown or out of range.
         """
-        values = json.loads(text)
-        if isinstance(values.get("image_size"), list):
-            values["image_size"] = tuple(values["image_size"])
-        return cls(**_known_options(values))
+        return cls(**json.loads(text))
 
 
 class Augmentation:
@@ -231,7 +222,7 @@ def build_augmentation(
         if name not in USUAL_STRENGTHS:
             raise ConfigError(f"unknown augmentation {name!r}: {nearest(name, USUAL_STRENGTHS)}")
         values.update(USUAL_STRENGTHS[name])
-    return Augmentation(AugmentationConfig(**_known_options({**values, **options, "image_size": image_size})))
+    return Augmentation(AugmentationConfig(**{**values, **options, "image_size": image_size}))
 
 
 USUAL_STRENGTHS: dict[str, dict[str, float]] = {
@@ -241,14 +232,6 @@ USUAL_STRENGTHS: dict[str, dict[str, float]] = {
     "zoom": {"zoom": 0.2},
     "invert": {"invert": 0.5},
 }
-
-
-def _known_options(values: dict[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(AugmentationConfig)]
-    for option in values:
-        if option not in known:
-            raise ConfigError(f"unknown augmentation option {option!r}: {nearest(option, known)}")
-    return values
 
 
 def _rows(drawn: dict[str, Any], places: Tensor) -> dict[str, Any]:

@@ -15,8 +15,6 @@ Shapes: n images of this process, K pairs of the global batch, C channels, H and
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +22,12 @@ import torch
 from torch import Tensor
 
 from cn_hf.errors import ConfigError
+from cn_hf.validation import NotNegative, Share, validated
 
 __all__ = ["MixDraws", "Mixing", "MixingConfig", "draw_mixes"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@validated
 class MixingConfig:
     """How pairs of training images are mixed; the default is not at all.
 
@@ -42,19 +41,10 @@ class MixingConfig:
         ConfigError: A value is out of range.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            alpha = getattr(self, name)
-            if not (alpha >= 0 and math.isfinite(alpha)):
-                raise ConfigError(f"{name} is the alpha of a Beta distribution, above 0, or 0 for none; got {alpha}")
-        for name in ("probability", "switch_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} of mixing is a probability; got {getattr(self, name)}")
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    probability: Share = 1.0
+    switch_probability: Share = 0.5
 
     @property
     def is_identity(self) -> bool:
