@@ -214,7 +214,7 @@ def test_every_variant_of_a_network_is_timed() -> None:
 
 @pytest.mark.parametrize("network", [*networks.VARIANTS])
 def test_a_step_trains_the_network_named(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cn_hf.recipes.classifier import run as classifier
+    from cn_hf.recipes.classifier import network as classifier
 
     built: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
     original = classifier.build_classifier

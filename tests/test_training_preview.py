@@ -17,8 +17,8 @@ import cn_hf
 from cn_hf.data import DeviceBatches, Mixing, MixingConfig, PreparedData, StreamedBatches
 from cn_hf.errors import CheckpointError, TrainingError
 from cn_hf.recipes.classifier.data import load_data
+from cn_hf.recipes.classifier.network import build_classifier
 from cn_hf.recipes.classifier.preview import _named, draw_batch, preview
-from cn_hf.recipes.classifier.run import build_classifier
 from cn_hf.training.config import TrainingConfig
 
 CLASSES = ("red", "green", "a $ome^^thing$ of a very,\n very long name")

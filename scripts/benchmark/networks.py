@@ -125,7 +125,7 @@ def noise_data(side: int, num_images: int, device: torch.device, **options: Any)
 
 def _stepper(config: TrainingConfig, data: PreparedData, dtype: torch.dtype | None) -> Callable[[], None]:
     """A function that trains the variant for one step."""
-    from cn_hf.recipes.classifier.run import build_classifier
+    from cn_hf.recipes.classifier.network import build_classifier
     from cn_hf.training.objective import forward_logits
     from cn_hf.training.optimization import build_optimizer
 

@@ -105,7 +105,7 @@ def _turns(data: PreparedData, plan: Plan, settings: Settings) -> dict[str, Call
     """Functions that train for one turn and give the seconds of a step."""
     from accelerate import PartialState
 
-    from cn_hf.recipes.classifier.run import build_classifier
+    from cn_hf.recipes.classifier.network import build_classifier
     from cn_hf.training.config import TrainingConfig
     from cn_hf.training.preparation import make_accelerator
     from cn_hf.training.supervised import fit

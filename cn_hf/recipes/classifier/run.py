@@ -5,28 +5,20 @@ What differs between methods that train a classifier is a ``Recipe``.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
-import cn_hf
-from cn_hf.data import Batches, PreparedData
-from cn_hf.errors import ConfigError, TrainingError
+from cn_hf.data import PreparedData
+from cn_hf.errors import TrainingError
 from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
-from cn_hf.patching.config import BASELINES, CN_MODES, ContextNormConfig
-from cn_hf.patching.patch import named_slots
-from cn_hf.patching.router import ContextSourceLike
+from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.recipes.classifier.data import class_counts, load_data
+from cn_hf.recipes.classifier.network import build_classifier
 from cn_hf.recipes.classifier.preview import preview
 from cn_hf.recipes.classifier.results import (
     ClassifierRun,
@@ -39,14 +31,13 @@ from cn_hf.recipes.classifier.results import (
 from cn_hf.training.checkpoints import newest_step
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History
-from cn_hf.training.networks import create_network
 from cn_hf.training.objective import Objective
 from cn_hf.training.optimization import build_optimizer
 from cn_hf.training.run_folder import CHECKPOINTS, StartedRun, started_run
 from cn_hf.training.supervised import fit
 from cn_hf.training.tracking import tracked
 
-__all__ = ["Recipe", "build_classifier", "start_norms", "train_classifier"]
+__all__ = ["Recipe", "train_classifier"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,87 +135,6 @@ def _steps_done(folder: Path | None, steps: int) -> int:
         return 0
     of_baseline = newest_step(folder / "baseline" / CHECKPOINTS)
     return steps + of_baseline if of_baseline else newest_step(folder / CHECKPOINTS)
-
-
-def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:
-    """The network of ``config`` for ``data``, patched, its norms started from training images where that is needed.
-
-    The same ``seed`` gives the same base weights whatever ``mode`` is.
-
-    Raises:
-        ConfigError: The network or an option is unknown, or a cn mode finds no contexts in the data.
-        PatchError: The network has no slot of the mode's kind, or a pattern matches nothing.
-    """
-    norms = _norm_config(config, data)
-    set_seed(config.seed)
-    model = create_network(
-        config.model,
-        num_classes=data.num_classes,
-        input_size=data.input_size,
-        model_args=config.model_args,
-        pretrained=config.pretrained,
-    )
-    if norms is None:
-        return model
-    calibrates = norms.mode in CN_MODES and config.calibrate != "never"
-    with warnings.catch_warnings():
-        if calibrates:  # what the warning advises is done next
-            warnings.filterwarnings("ignore", message=".*never saw data")
-        cn_hf.patch_model(model, config=norms)
-    assert data.train is not None  # load_data names a training split
-    if calibrates:
-        model.to(data.train.device)
-        start_norms(model, data.train, config)
-    if norms.mode not in BASELINES:
-        source = cast("ContextSourceLike | None", data.context_source)  # one that cannot predict says so when asked
-        cn_hf.set_inference(model, norms.inference, source=source, mean=data.mean, std=data.std)
-    return model
-
-
-def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> bool:
-    """Calibrate a patched model on training images: always, or where a BatchNorm it replaced had never seen any.
-
-    Every process uses the same whole batches, so all start alike.
-
-    Returns:
-        Whether it was done.
-    """
-    fresh = [slot for _, slot in named_slots(model) if _never_saw_data(slot)]
-    if config.calibrate == "auto" and not fresh:
-        return False
-    whole = copy.copy(batches)
-    whole.num_processes, whole.process_index = 1, 0
-    whole.mixing = None  # statistics of each context are those of its own images
-    whole.set_epoch(0)
-    needed = ("pixel_values", "context_ids")
-    chosen = [
-        {name: batch[name] for name in needed if name in batch}
-        for batch in itertools.islice(whole, config.calibration_batches)
-    ]
-    # An embedder narrower than the contexts still starts as near to them as it can.
-    held = sum(len(batch["pixel_values"]) for batch in chosen)
-    cn_hf.calibrate(model, chosen, max_images=max(1, held), approximate=True)
-    return True
-
-
-def _never_saw_data(slot: Any) -> bool:
-    tracked = getattr(slot, "num_batches_tracked", None)
-    return isinstance(tracked, torch.Tensor) and int(tracked) == 0
-
-
-def _norm_config(config: TrainingConfig, data: PreparedData) -> ContextNormConfig | None:
-    if config.mode in ("none", *BASELINES):
-        return config.context_norm_config()
-    if data.context_names is None:
-        raise ConfigError(
-            f"mode {config.mode!r} needs contexts and the data has none; say where they come from, e.g. "
-            "--contexts clusters:gmm:3 or --contexts column:NAME (a column context_ids counts if it is a ClassLabel, "
-            "which names them)"
-        )
-    count = len(data.context_names)
-    if config.num_contexts is not None and config.num_contexts != count:
-        raise ConfigError(f"num_contexts is {config.num_contexts}, but contexts {config.contexts!r} are {count}")
-    return config.context_norm_config(count, data.context_names)
 
 
 def _fit(

@@ -44,8 +44,8 @@ from cn_hf.hub import from_pretrained
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import router_of
 from cn_hf.recipes.classifier.data import class_counts
+from cn_hf.recipes.classifier.network import build_classifier
 from cn_hf.recipes.classifier.results import data_in_words, network_facts, save_network
-from cn_hf.recipes.classifier.run import build_classifier
 from cn_hf.recipes.demo.data import DOMAINS, digits_in_two_domains, write_sample_sheet
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.history import History

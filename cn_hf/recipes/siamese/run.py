@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from cn_hf.evaluation.networks import bare_network
+from cn_hf.recipes.classifier.network import build_classifier
 from cn_hf.recipes.classifier.preview import preview
 from cn_hf.recipes.classifier.results import data_in_words, network_in_words
-from cn_hf.recipes.classifier.run import build_classifier
 from cn_hf.recipes.siamese.config import SiameseConfig
 from cn_hf.recipes.siamese.data import SiameseData, load_siamese_data
 from cn_hf.recipes.siamese.networks import SiameseNetwork, SiameseRun, has_input_contexts
