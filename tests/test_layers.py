@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 import cn_hf
 from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputDeviceError, InputShapeError
-from cn_hf.norm import ContextNorm, MixtureNorm
+from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 
 PARAMETRIZATIONS = ("embedder", "table")
 ACTIVATIONS = ("softplus", "exp")
@@ -703,3 +703,45 @@ def test_a_mix_of_devices_is_an_error(parametrization: str) -> None:
     whole = layer().to("meta")
     assert whole(x.to("meta"), ids).is_meta
     assert whole(x.to("meta")).is_meta
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ContextNorm(8, 2, feature_dim=1, dtype=torch.int32),
+        lambda: ContextNorm(8, 2, feature_dim=1, dtype="float32"),
+        lambda: ContextNorm(8, 2, feature_dim=1, dtype=torch.complex64),
+        lambda: ContextNorm(8, 2, feature_dim=1, device="nowhere"),
+        lambda: ContextNorm(8, 2, feature_dim=1, affine="no"),
+        lambda: ContextNorm(8, 2, feature_dim=1, sparse=3),
+        lambda: DomainBatchNorm(8, 2, dtype=torch.int64),
+        lambda: DomainBatchNorm(8, 2, affine=1),
+        lambda: DomainBatchNorm(8, 2, device="x"),
+        lambda: MixtureNorm(8, 2, reg_covar="x"),
+        lambda: MixtureNorm(8, 2, seed="x"),
+        lambda: MixtureNorm(8, 2, dtype=torch.int32),
+        lambda: FeatureBatchNorm("8"),
+        lambda: FeatureBatchNorm(0),
+        lambda: FeatureBatchNorm(8, eps=-1.0),
+        lambda: FeatureBatchNorm(8, momentum=7.0),
+        lambda: FeatureBatchNorm(8, dtype=torch.int32),
+    ],
+)
+def test_constructors_refuse_what_torch_would(build: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError, match=r"must be .*received"):
+        build()
+
+
+@pytest.mark.parametrize("layer", [ContextNorm(8, 2, feature_dim=7), ContextNorm(3, 2, feature_dim=-4)], ids=repr)
+def test_a_feature_axis_that_the_input_lacks(layer: ContextNorm) -> None:
+    with pytest.raises(InputShapeError, match="features along axis"):
+        layer(torch.randn(3, 8, 4, 4), 0)
+    with pytest.raises(InputShapeError, match="features along axis"):
+        MixtureNorm(8, 2, feature_dim=9)(torch.randn(2, 8, 3))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0, 1]).to_sparse(), torch.eye(2).to_sparse(), "x" * 5000])
+def test_ids_of_a_kind_that_no_layer_takes(ids: Any) -> None:
+    with pytest.raises(ContextIdError) as caught:
+        ContextNorm(8, 2, feature_dim=1).eval()(torch.randn(2, 8, 3), ids)
+    assert len(str(caught.value)) < 300

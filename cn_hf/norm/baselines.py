@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, InputShapeError
-from cn_hf.norm.choices import check_integer, check_number
+from cn_hf.errors import InputShapeError
+from cn_hf.norm.choices import check_flag, check_integer, check_number, check_place
 from cn_hf.norm.em import (
     Mixture,
     data_shift,
@@ -85,8 +85,9 @@ class MixtureNorm(FeatureNorm):
         check_integer("seed_iterations", seed_iterations, 0)
         check_integer("max_vectors", max_vectors, 1)
         check_number("momentum", momentum, 1, inclusive=True)
-        if reg_covar < 0:
-            raise ConfigError(f"reg_covar must be at least 0, received {reg_covar}.")
+        check_integer("seed", seed, 0)
+        if reg_covar != 0:
+            check_number("reg_covar", reg_covar, math.inf, inclusive=False)
         self.num_components = num_components
         self.momentum = momentum
         self.em_iterations = em_iterations
@@ -247,7 +248,12 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_integer("num_features", num_features, 1)
         check_feature_dim(feature_dim)
+        check_number("eps", eps, math.inf, inclusive=False)
+        check_number("momentum", momentum, 1, inclusive=True)
+        check_flag("affine", affine)
+        check_place(device, dtype)
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype)
         self.feature_dim = feature_dim
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 from cn_hf.errors import ConfigError, ConfigTypeError, nearest
 
-__all__ = ["CHOICES", "check_choice", "check_integer", "check_number"]
+__all__ = ["CHOICES", "check_choice", "check_flag", "check_integer", "check_number", "check_place"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "parametrization": ("embedder", "table"),
@@ -28,6 +30,23 @@ def check_choice(option: str, value: str, choices: tuple[str, ...] | None = None
         raise ConfigTypeError(f"{option} must be a string, received {value!r}; {nearest(str(value), choices)}")
     if value not in choices:
         raise ConfigError(f"{option}={value!r} is unknown; {nearest(value, choices)}")
+
+
+def check_flag(option: str, value: Any) -> None:
+    """Raise ``ConfigTypeError`` unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigTypeError(f"{option} must be true or false, received {value!r}.")
+
+
+def check_place(device: Any, dtype: Any) -> None:
+    """Raise ``ConfigError`` unless parameters can be on ``device`` and of ``dtype``; None is torch's default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        kind = ConfigError if isinstance(dtype, torch.dtype) else ConfigTypeError
+        raise kind(f"dtype must be a floating point torch.dtype, received {dtype!r}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"device must be one that torch has here, such as 'cpu', received {device!r}.") from error
 
 
 def check_integer(option: str, value: Any, least: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import ContextIdError, InputShapeError
-from cn_hf.norm.choices import check_integer, check_number
+from cn_hf.norm.choices import check_flag, check_integer, check_number
 from cn_hf.norm.em import SumOverProcesses, full_precision, statistics_dtype
 from cn_hf.norm.functional import context_rows, normalize_rows
 from cn_hf.norm.ids import ContextIds
@@ -62,6 +62,7 @@ class DomainBatchNorm(FeatureNorm):
         super().__init__(num_features, feature_dim, eps, False, device, dtype)
         check_integer("num_contexts", num_contexts, 1)
         check_number("momentum", momentum, 1, inclusive=True)
+        check_flag("affine", affine)
         self.num_contexts = num_contexts
         self.momentum = momentum
         self.affine = affine

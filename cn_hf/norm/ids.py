@@ -50,6 +50,8 @@ def resolve_context_ids(
             one.
     """
     ids = as_tensor(context_ids, names)
+    if ids.layout is not torch.strided and not ids.is_nested:
+        raise ContextIdError(f"context_ids must be a dense tensor, received one of {ids.layout}: pass ids.to_dense().")
     if ids.is_floating_point():
         if ids.dim() != 2 or ids.shape[1] != num_contexts:
             raise ContextIdError(
@@ -103,10 +105,11 @@ def as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:
 
 
 def _index_of(name: str, names: Sequence[str] | None) -> int:
+    shown = name if len(name) <= 100 else f"{name[:100]}…"
     if names is None:
-        raise ContextIdError(f"Received the context name {name!r}, but these contexts have no names: pass integer ids.")
+        raise ContextIdError(f"Received the context name {shown!r}, but these contexts have no names: give integers.")
     if name not in names:
-        raise ContextIdError(f"Unknown context {name!r}; {nearest(name, names)}")
+        raise ContextIdError(f"Unknown context {shown!r}; {nearest(shown, names)}")
     return list(names).index(name)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ConfigTypeError, ContextIdError, InputShapeError, InputTypeError
-from cn_hf.norm.choices import check_choice, check_integer, check_number
+from cn_hf.norm.choices import check_choice, check_flag, check_integer, check_number, check_place
 from cn_hf.norm.em import full_precision, statistics_dtype
 from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
 from cn_hf.norm.fused.layout import check_devices
@@ -41,7 +41,8 @@ def check_features(norm: Any, x: Tensor) -> None:
     """Raise ``InputShapeError`` unless ``x`` is a batch with the features of ``norm`` along its feature axis."""
     if not isinstance(x, Tensor):
         raise InputTypeError(f"{type(norm).__name__} takes a tensor, received {type(x).__name__}.")
-    if x.dim() < 2 or x.shape[norm.feature_dim] != norm.num_features:
+    dims, axis = x.dim(), norm.feature_dim
+    if dims < 2 or not -dims < axis < dims or x.shape[axis] != norm.num_features:
         raise InputShapeError(
             f"{type(norm).__name__} expects {norm.num_features} features along axis {norm.feature_dim} of a batch, "
             f"received shape {tuple(x.shape)}."
@@ -75,6 +76,8 @@ class FeatureNorm(nn.Module):
         check_integer("num_features", num_features, 1)
         check_feature_dim(feature_dim)
         check_number("eps", eps, math.inf, inclusive=False)
+        check_flag("affine", affine)
+        check_place(device, dtype)
         self.num_features = num_features
         self.feature_dim = feature_dim
         self.eps = eps
@@ -156,6 +159,7 @@ class ContextNorm(FeatureNorm):
         for option, value in options.items():
             check_choice(option, value)
         check_integer("num_contexts", num_contexts, 1)
+        check_flag("sparse", sparse)
         if init == "identity" and eps >= 1:
             raise ConfigError(f"init='identity' needs variance + eps = 1 with a positive variance; eps is {eps}.")
         self.num_contexts = num_contexts
