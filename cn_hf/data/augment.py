@@ -33,7 +33,7 @@ PER_BATCH = ("forward_input_shape",)
 
 
 class Augment(Protocol):
-    """What batches take as ``augment``: ``Augmentation``, or any function of this signature."""
+    """The type of ``augment`` in batches: ``Augmentation``, or any function of this signature."""
 
     def __call__(self, images: Tensor, *, seed: int, places: Tensor, total: int) -> Tensor:
         """Augmented images.
@@ -58,7 +58,7 @@ def _height_and_width(value: Any) -> Any:
 
 @validated
 class AugmentationConfig:
-    """What happens to training images, in this order; the default is nothing.
+    """Changes of training images, in this order; the default is nothing.
 
     Attributes:
         horizontal_flip: Probability that an image is mirrored.
@@ -80,7 +80,7 @@ class AugmentationConfig:
     image_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_height_and_width)] = None
 
     def evaluation(self) -> AugmentationConfig:
-        """What remains for validation and test images: the resize."""
+        """Return the part for validation and test images: the resize."""
         return AugmentationConfig(image_size=self.image_size)
 
     def to_json(self) -> str:

@@ -29,7 +29,7 @@ __all__ = ["MixDraws", "Mixing", "MixingConfig", "draw_mixes"]
 
 @validated
 class MixingConfig:
-    """How pairs of training images are mixed; the default is not at all.
+    """The way pairs of training images are mixed; the default is not at all.
 
     Attributes:
         mixup: Alpha of mixup's Beta distribution; 0 for no mixup. 0.2 to 0.8 are usual.
@@ -48,12 +48,12 @@ class MixingConfig:
 
     @property
     def is_identity(self) -> bool:
-        """Whether no image is ever mixed."""
+        """True if no image is ever mixed."""
         return self.probability == 0 or self.mixup == self.cutmix == 0
 
 
 class MixDraws(NamedTuple):
-    """What is drawn for each of K pairs: the partner's pixels get weight ``level`` inside the box, 0 outside.
+    """The random draws for each of K pairs: the partner's pixels get weight ``level`` inside the box, 0 outside.
 
     ``level`` (K,) float64; ``box`` (K, 4) int64: top, bottom (excluded), left, right (excluded). Mixup's box is the
     whole image, CutMix's level 1.

@@ -41,7 +41,7 @@ STATISTICS_IMAGES = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """What a training script needs to know of its data.
+    """The data of a training script, and what it must know of it.
 
     Attributes:
         train: Shuffled, augmented batches; None without that split.

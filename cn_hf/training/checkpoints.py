@@ -45,7 +45,7 @@ class Checkpoint:
     damaged: tuple[str, ...]
 
     def read(self, name: str) -> Any:
-        """What ``save_checkpoint`` was given under ``name``, its tensors on the CPU; None where there is no such file.
+        """Load what ``save_checkpoint`` was given under ``name``, tensors on the CPU; None where there is no such file.
 
         Raises:
             CheckpointError: The file cannot be read.
@@ -132,7 +132,7 @@ def _newest_whole(folder: Path) -> tuple[str | None, list[str]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is."""
+    """Return the fault of a checkpoint in words; None if it has none."""
     try:
         manifest = read_description(path / _MANIFEST, newest=FORMAT, what="training checkpoint")
     except CheckpointError as error:

@@ -200,7 +200,7 @@ class TrainingConfig:
     def context_norm_config(
         self, num_contexts: int | None = None, context_names: tuple[str, ...] | None = None
     ) -> ContextNormConfig | None:
-        """How the network is to be patched, or None where ``mode`` is "none".
+        """Return the config that the network is patched with, or None where ``mode`` is "none".
 
         Args:
             num_contexts: T as the source says; None: this config's ``num_contexts``, else the default.

@@ -1,4 +1,4 @@
-"""What a training run left behind: one record per epoch, and which epoch was best.
+"""The record of a training run: one entry per epoch, and which epoch was best.
 
 The same object feeds ``results.json``, the curves and the printed summary.
 """

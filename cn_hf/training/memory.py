@@ -92,7 +92,7 @@ def memory_in_words(num_bytes: int) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory was not enough, on a device or on the CPU."""
+    """True if ``error`` says that memory was not enough, on a device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -134,7 +134,7 @@ def largest_fitting_batch(try_batch: Callable[[int], None], failed: int) -> int 
 def out_of_memory_message(
     config: TrainingConfig, *, images: int, fitting: int | None, num_processes: int = 1, divisible: bool = True
 ) -> str:
-    """What to tell whose first batch does not fit.
+    """Return the message for a first batch that does not fit.
 
     Args:
         config: Of the run.
@@ -166,7 +166,7 @@ def out_of_memory_message(
 
 
 def _fits(try_batch: Callable[[int], None], images: int) -> bool | None:
-    """Whether ``try_batch`` runs; None where its failure does not tell."""
+    """True if ``try_batch`` runs; None where its failure leaves that open."""
     try:
         try_batch(images)
     except (RuntimeError, MemoryError) as error:

@@ -39,7 +39,7 @@ Batch = Mapping[str, Tensor]
 
 
 class TrainingBatches(Protocol):
-    """What the loop needs of training data: one pass per epoch, a length in batches, a shuffle per epoch."""
+    """The training data as the loop needs it: one pass per epoch, a length in batches, a shuffle per epoch."""
 
     @property
     def num_samples(self) -> int:
@@ -57,7 +57,7 @@ class TrainingBatches(Protocol):
 
 
 class StepInfo(NamedTuple):
-    """Where in a run a step is, and how large.
+    """Step number, total steps and global batch size of the current step.
 
     Attributes:
         step: Optimizer steps done before this one, in all epochs.
@@ -71,7 +71,7 @@ class StepInfo(NamedTuple):
 
 
 class StepLoss(NamedTuple):
-    """What an objective gives for a batch, or a part of one.
+    """The loss and the counts of a batch, or of a part of one.
 
     Attributes:
         loss: Scalar with gradients; a sum, such that the sum over all processes and parts, divided by
@@ -96,7 +96,7 @@ class Objective(Protocol):
     """Names of further numbers, whose means per image go into the history and to the trackers."""
 
     divisible: bool
-    """Whether the network may be given a batch in parts, cut along its first axis."""
+    """True if the network may be given a batch in parts, cut along its first axis."""
 
     def __call__(self, model: nn.Module, batch: Batch, info: StepInfo) -> StepLoss:
         """The loss of a batch, which may be empty in some processes; ``model`` is as Accelerate prepared it."""
@@ -146,7 +146,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _blank(values: Tensor) -> Tensor:
-    """One sample in place of none, of context 0: transformers' attention cannot reshape an empty batch."""
+    """Return a dummy sample of context 0 for an empty batch: transformers' attention cannot reshape N = 0."""
     blank = values.new_zeros((1, *values.shape[1:]))
     if values.ndim == 2:  # weights of contexts
         blank[:, 0] = 1
@@ -154,7 +154,7 @@ def _blank(values: Tensor) -> Tensor:
 
 
 def _has_running_statistics(network: nn.Module) -> bool:
-    """Whether a blank image would count in the statistics of a norm that trains."""
+    """True if a blank image would count in the statistics of a norm that trains."""
     return any(name.rpartition(".")[2].startswith("running_") for name, _ in network.named_buffers())
 
 
@@ -183,7 +183,7 @@ def mean_loss_and_accuracy(model: nn.Module, batches: Iterable[Batch], accelerat
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many logits are highest at the label; of labels that are weights (N, classes), at the largest."""
+    """Count the logits that are highest at the label; of labels that are weights (N, classes), at the largest."""
     classes = labels.argmax(dim=1) if labels.ndim == 2 else labels
     return (logits.detach().argmax(dim=1) == classes).sum()
 

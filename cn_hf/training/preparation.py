@@ -50,7 +50,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise TrainingError(
-            f"mixed_precision {config.mixed_precision!r} cannot be had here: {error} "
+            f"mixed_precision {config.mixed_precision!r} is not available: {error} "
             "Choose 'no', or start the run in another process if this one began with another precision."
         ) from error
     accelerator.gradient_accumulation_steps = 1  # a launcher's setting would divide the gradients once more
@@ -93,7 +93,7 @@ def find_unused_parameters(model: nn.Module, batches: TrainingBatches, accelerat
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether every process holds a part of each parameter only."""
+    """True if every process holds only a part of each parameter."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 

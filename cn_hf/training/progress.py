@@ -95,7 +95,7 @@ class _Line(tqdm):  # type: ignore[type-arg]  # tqdm takes no type arguments whe
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What ``layout`` may name."""
+        """Values that ``layout`` may name."""
         parts = [f"{name} {number}" for name, number in self.numbers.items()]
         if self.speeds:
             rates, times = zip(*self.speeds, strict=True)
@@ -112,7 +112,7 @@ class _LogLines(_Line):
 
     @staticmethod
     def status_printer(file: Any) -> Any:
-        """What tqdm writes its lines with."""
+        """Return the function that tqdm writes its lines with."""
 
         def print_line(text: str) -> None:
             file.write(f"{text}\n")

@@ -99,7 +99,7 @@ class RunState:
         return self._saved[1]
 
     def files(self) -> dict[str, Any]:
-        """What this process has to write down: its random numbers, and its part of the rest, or all of it in one."""
+        """Return the files of this process: its random numbers, and its part of the rest, or all of it in one."""
         rank, scaler = self.accelerator.process_index, self.accelerator.scaler
         files: dict[str, Any] = {f"random-{rank:05d}.pt": random_state(self.accelerator.device)}
         if rank == 0 or is_sharded(self.accelerator):

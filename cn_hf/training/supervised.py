@@ -1,13 +1,13 @@
 """The training loop under Accelerate: one process or several, any network and objective, with or without contexts.
 
 Batches arrive as dicts, already on the device and already sharded by rank: ``pixel_values`` (N, C, H, W), ``labels``
-(N,) or weights (N, classes), and, when the data has contexts, ``context_ids``, which go to the network by keyword. What
-is minimised is the objective's matter (``objective.py``); left out, it is the cross entropy of a classifier. One
-optimizer step is the gradient of the mean loss over the images of all processes, also when the last batch is uneven or
-goes through the network in parts: DDP averages the gradients of P processes, so each one weighs the sum of its losses
-by P / (images of this step in all processes).
+(N,) or weights (N, classes), and, when the data has contexts, ``context_ids``, which go to the network by keyword. The
+objective (``objective.py``) defines the loss; it defaults to the cross entropy of a classifier. One optimizer step is
+the gradient of the mean loss over the images of all processes, also when the last batch is uneven or goes through the
+network in parts: DDP averages the gradients of P processes, so each one weighs the sum of its losses by
+P / (images of this step in all processes).
 
-A run is a function of its config, data and starting weights. Its whole state is taken down in checkpoints, so that one
+A run is a function of its config, data and starting weights. Its whole state is saved in checkpoints, so that one
 that was killed goes on as if it had not been: data order and augmentation follow from seed, epoch and batch number, and
 everything else is stored.
 
@@ -92,7 +92,7 @@ def fit(
             validation, early stopping or ``keep_best``.
         config: Optimizer, schedule, epochs and the rest; its network, data and context fields are only compared.
         accelerator: See ``make_accelerator``.
-        objective: What is minimised; None: the cross entropy of a classifier.
+        objective: Defines the loss; None: the cross entropy of a classifier.
         output_dir: Folder that gets ``history.json`` after every epoch, and ``checkpoints/``.
         resume: Go on from the newest whole checkpoint in ``output_dir``, where there is one.
         description: What stands before the progress bar and the numbers given to trackers.

@@ -1,4 +1,4 @@
-"""What a dry run shows: the config, images per context, the slots patched, sizes, steps, and the first batch's picture.
+"""The text and picture of a dry run: config, images per context, the slots patched, sizes, steps, the first batch.
 
 n images of the first batch on this process, C channels, H and W height and width, T contexts.
 """

@@ -1,4 +1,4 @@
-"""What a run made, in words and as files.
+"""The results of a run, in words and as files.
 
 Under its output folder a run leaves ``results.json`` (config, data, history, evaluation, environment), ``table.md``,
 ``curves.png``, ``protocols.png``, ``config.yaml`` and ``checkpoint/``, which ``cn_hf.from_pretrained`` loads (without
@@ -46,7 +46,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifierRun:
-    """What a run made.
+    """The results of a run.
 
     Attributes:
         config: Its options.
@@ -66,7 +66,7 @@ class ClassifierRun:
 
 
 def run_name(config: TrainingConfig) -> str:
-    """What the trained network is called in curves and tables."""
+    """Return the name of the trained network in curves and tables."""
     names = {"none": "no contexts", "cn-channels": "CN-Channels", "cn-patches": "CN-Patches"}
     return names.get(config.mode, config.mode.upper())
 
@@ -150,7 +150,7 @@ def network_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def run_title(config: TrainingConfig, data: PreparedData) -> str:
-    """What stands above the run's table and figures."""
+    """Return the title of the run's table and figures."""
     split = "validation" if data.test is None else "test"
     datasets = " + ".join(Path(dataset).name for dataset in config.dataset)
     return f"{Path(config.model).name}, {run_name(config)}, {datasets} ({split} split)"

@@ -42,7 +42,7 @@ __all__ = ["Recipe", "train_classifier"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What is its own in a method.
+    """The parts in which a method differs from others.
 
     Attributes:
         load_data: Gives the data that a config names.
@@ -130,7 +130,7 @@ def _run(started: StartedRun, recipe: Recipe, model: nn.Module, data: PreparedDa
 
 
 def _steps_done(folder: Path | None, steps: int) -> int:
-    """What trackers have been told at the checkpoint that a run goes on from; ``steps`` are the main network's."""
+    """Return the steps that trackers know at the checkpoint that a run goes on from; ``steps``: the main network's."""
     if folder is None:
         return 0
     of_baseline = newest_step(folder / "baseline" / CHECKPOINTS)

@@ -31,7 +31,7 @@ IDENTITY = "identity_number"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SiameseData:
-    """What a Siamese run needs of its data.
+    """The data of a Siamese run.
 
     Attributes:
         prepared: Images of each split with their identities as labels, in the dataset's order but for training.

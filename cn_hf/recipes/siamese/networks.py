@@ -47,7 +47,7 @@ class SiameseNetwork:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SiameseRun:
-    """What a run made: its options, its data, the networks by name, and how long it took.
+    """The results of a run: its options, its data, the networks by name, and how long it took.
 
     ``seconds`` are those of a clock, ``processor_seconds`` those that this process was at work, which is less where
     others were, too, and more on several cores.
@@ -61,7 +61,7 @@ class SiameseRun:
 
 
 def has_input_contexts(model: nn.Module) -> bool:
-    """Whether contexts have statistics of their own on the network's input."""
+    """True if contexts have their own statistics on the network's input."""
     if not isinstance(model, RoutedModel):
         return False
     try:

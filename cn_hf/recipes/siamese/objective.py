@@ -92,7 +92,7 @@ class Contrastive:
 
 
 class Embeddings(NamedTuple):
-    """What a network makes of images: outputs (N, D_e), identities (N,) and contexts (N,) or None, on the CPU."""
+    """A network's outputs (N, D_e) for images, their identities (N,) and contexts (N,) or None, on the CPU."""
 
     outputs: Tensor
     identities: Tensor

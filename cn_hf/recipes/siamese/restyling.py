@@ -47,7 +47,7 @@ class Levels:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shift:
-    """What became of real images that were restyled.
+    """Distances of real images before and after they were restyled.
 
     Attributes:
         source: Context they are of.

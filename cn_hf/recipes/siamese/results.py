@@ -1,4 +1,4 @@
-"""What a Siamese run made, in words and as files.
+"""The results of a Siamese run, in words and as files.
 
 Under its output folder a run leaves ``results.json``, ``report.md``, ``curves.png``, ``contexts.png`` (what CN learned
 on the input beside the images' own statistics), ``contact_sheet.png`` (images restyled and restyled back beside real
@@ -175,7 +175,7 @@ def _restyling_table(run: SiameseRun, restyled: dict[str, SiameseNetwork]) -> st
 
 
 def _scale(run: SiameseRun) -> str:
-    """How far training images are from held-out images of the same context."""
+    """Return the distance of training images from held-out images of the same context."""
     data = run.data
     names, train, held_out = data.prepared.context_names or (), data.images("train"), data.images(data.held_out)
     distances = []

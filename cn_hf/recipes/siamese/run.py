@@ -155,7 +155,7 @@ def _verification(
 def _restyling(
     config: SiameseConfig, model: nn.Module, data: SiameseData
 ) -> tuple[dict[str, Levels], tuple[Shift, ...]]:
-    """What contexts look like to the network now, and held-out images restyled there and back."""
+    """Return the contexts as the network sees them now, and held-out images restyled there and back."""
     if not has_input_contexts(model):
         return {}, ()
     held_out = data.images(data.held_out)
@@ -166,7 +166,7 @@ def _restyling(
 
 
 def _steps_done(config: SiameseConfig, folder: Path | None) -> int:
-    """What trackers have been told at the checkpoints that a run goes on from."""
+    """Return the steps that trackers know at the checkpoints that a run goes on from."""
     if folder is None:
         return 0
     return sum(newest_step(config.folder_of(name, folder) / CHECKPOINTS) for name in config.networks())

@@ -43,7 +43,7 @@ _MOST_IMAGES = 512  # of one identity, likewise
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """How well distances tell same from different; rates in [0, 1].
+    """The quality of distances as a test of same against different; rates in [0, 1].
 
     Attributes:
         pairs: Their number.
