@@ -346,3 +346,19 @@ def test_yaml_from_outside_is_bounded(text, tmp_path):
     for read in (read_options_file, lambda path: read_experiment(path.stem, path.parent)):
         with pytest.raises(ConfigError):
             read(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.update(extra=torch.zeros(2)), "1 unexpected"),
+        (lambda tensors: tensors.pop("classifier.bias"), "1 missing"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2, dtype=torch.int32)}), "int32"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(7)}), "do not fit"),
+    ],
+    ids=["extra", "missing", "integers", "shape"],
+)
+def test_weights_of_transformers_that_do_not_fit(change, words, saved):
+    folder = rewritten(saved("transformers_vit"), change)
+    with pytest.raises(CheckpointError, match=words):
+        cn_hf.from_pretrained(folder)

@@ -134,7 +134,8 @@ class TransformersRoot:
                 "cn_hf.patch_model."
             )
         described = None if path is None else _described(path, hub, whole="variant" not in kwargs)
-        with weights_of(None if described is None else _header(*described)):
+        header = None if described is None else _header(*described)
+        with weights_of(header):
             try:
                 model, info = cast(Any, super()).from_pretrained(
                     path, *model_args, config=config, output_loading_info=True, **hub, **kwargs
@@ -147,6 +148,7 @@ class TransformersRoot:
                     "ignore_mismatched_sizes=True."
                 ) from error
         _check_loaded(model, config, info, str(path))
+        _check_kinds(model, header or {}, str(path))
         keep_contexts_loaded(model)
         if described is not None:
             from cn_hf.hub.description import attach_source
@@ -217,8 +219,14 @@ def load_transformers(folder: Any, **options: Any) -> nn.Module:
     if not isinstance(config, ContextConfig):
         raise CheckpointError(f"{folder} is a checkpoint of a plain transformers model; it has no contexts.")
     model_class = cast(Any, routed_class(transformers_class(config.context_norm_architecture)))
-    model: nn.Module = model_class.from_pretrained(folder, **options)
-    return model
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(info[f"{kind}_keys"]):
+            raise CheckpointError(
+                f"The weights in {folder} do not fit {config.context_norm_architecture}: {len(names)} {kind} "
+                f"(first: {names[0]})."
+            )
+    return cast(nn.Module, model)
 
 
 # ------------------------------------------------------------------------------------------------- patched as described
@@ -275,6 +283,15 @@ def _check_loaded(model: Any, config: ContextConfig, info: Mapping[str, Any], wh
         )
     for name in missing:
         slots[name].reset_normalizer()
+
+
+def _check_kinds(model: nn.Module, header: Mapping[str, Tensor], where: str) -> None:
+    """Refuse integers in place of weights, which transformers takes; names on disk differ but for their last part."""
+    kinds = {(name.rpartition(".")[2], tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
+    for name, tensor in header.items():
+        last = name.rpartition(".")[2]
+        if (last, True) in kinds and (last, tensor.is_floating_point()) not in kinds:
+            raise CheckpointError(f"Expected floating-point numbers as {name} in {where}, received {tensor.dtype}.")
 
 
 def keep_contexts_loaded(model: nn.Module) -> None:
