@@ -305,7 +305,27 @@ class WithClassifier:
             apply_inference(model, config)
 
 
+class WithoutOwnSaving:
+    """The root of a patched model whose class has huggingface_hub's ``PyTorchModelHubMixin``."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: ``from_pretrained`` of the model's class would build a plain model and leave the contexts out.
+
+        Raises:
+            PatchError: always.
+        """
+        name = type(self).__name__
+        raise PatchError(
+            f"PyTorchModelHubMixin's own saving would lose the contexts of this model: {name}.from_pretrained builds a "
+            f"plain {name}. Use cn_hf.save_pretrained(model, folder) or cn_hf.push_to_hub(model, repo_id), and "
+            f"cn_hf.from_pretrained(folder, model={name}(...)) to load it."
+        )
+
+    push_to_hub = _save_pretrained = save_pretrained
+
+
 add_root_mixin("reset_classifier", WithClassifier)
+add_root_mixin("huggingface_hub.hub_mixin.PyTorchModelHubMixin", WithoutOwnSaving)
 
 
 # -------------------------------------------------------------------------------------------------------- the way back
