@@ -209,6 +209,33 @@ def test_inspect_says_what_is_true_of_the_mode(mode, inference, words, tmp_path)
     assert ("context source: none" in lines) == (mode not in ("bn", "mn"))
 
 
+def test_runs_of_other_kinds_say_what_they_are(tmp_path):
+    saved(tmp_path / "checkpoint", "cn-channels")
+    row = {"name": "true contexts", "correct": {"1": 3}, "num_samples": 4}
+    evaluation = {"rows": [row], "top_k": [1], "findings": []}
+    held_out = {"all": {"correct": 3, "pairs": 4, "accuracy_error": 0.1, "roc_auc": 0.9}}
+    kinds = {
+        "a Siamese run": {
+            "held_out_split": "test",
+            "networks": {"CN": {"held_out": held_out}},
+        },
+        "the demonstration": {"networks": {}, "reloaded": {}, "evaluation": evaluation},
+        "a classifier's run": {"evaluation": evaluation, "evaluated_split": "test"},
+    }
+    for kind, results in kinds.items():
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        told = inspect_checkpoint(tmp_path)
+        assert f"run: {kind}" in told
+        assert "75.00 %" in told
+    (tmp_path / "results.json").write_text(json.dumps(kinds["the demonstration"]))
+    with pytest.raises(CheckpointError, match="is of the demonstration `cn-hf demo`"):
+        run_files(tmp_path, "me/model")
+    for content, words in (("[]", "no results file"), ("{}", "no results file"), ("{", "cannot be read")):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(CheckpointError, match=words):
+            inspect_checkpoint(tmp_path)
+
+
 def test_a_device_that_is_not_there_is_refused(picture, tmp_path):
     checkpoint = saved(tmp_path, "cn-channels")
     absent = ["gpu", "hpu"] if torch.cuda.is_available() else ["gpu", "hpu", "cuda"]
