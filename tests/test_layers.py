@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 import cn_hf
 from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputDeviceError, InputShapeError
-from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
+from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm, functional
 
 PARAMETRIZATIONS = ("embedder", "table")
 ACTIVATIONS = ("softplus", "exp")
@@ -745,3 +746,32 @@ def test_ids_of_a_kind_that_no_layer_takes(ids: Any) -> None:
     with pytest.raises(ContextIdError) as caught:
         ContextNorm(8, 2, feature_dim=1).eval()(torch.randn(2, 8, 3), ids)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("side", [3, 8, 40])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_takes_few_calls(side: int, training: bool) -> None:
+    """Of Python functions, torch's included: they cost as much as a small map."""
+    layer, x = ContextNorm(64, 4, feature_dim=1).train(training), torch.randn(8, 64, side, side)
+    ids, called = torch.arange(8) % 4, []
+    layer(x, ids)
+    sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        layer(x, ids)
+    finally:
+        sys.setprofile(None)
+    assert len(called) <= 60, called
+
+
+def test_a_tiny_map_is_computed_by_torch_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = ContextNorm(8, 3, feature_dim=1, init="random", affine=True), torch.randn(4, 8, 5, 5, requires_grad=True)
+    ids = torch.tensor([0, 2, 1, 2])
+    out = layer(x, ids)
+    found = [out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])]
+    monkeypatch.setattr(functional, "_SMALL", 0)
+    out = layer(x, ids)
+    expected = [out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputShapeError, match="one row a sample"):
+        functional.shift_scale(x[:2], torch.zeros(3, 8), torch.ones(3, 8), feature_dim=1)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cn_hf
 from cn_hf.errors import ConfigError, InputDeviceError, InputShapeError
+from cn_hf.norm import functional
 from cn_hf.norm.em import Mixture
-from cn_hf.norm.functional import context_norm, context_norm_plus, mixture_norm, norm_shift_scale, shift_scale
+from cn_hf.norm.functional import context_norm, context_norm_plus, mixture_norm, norm_shift_scale
 from cn_hf.norm.fused import cpu_kernels, formulas, native, operators
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,6 +46,11 @@ LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
     "samples behind": (lambda: torch.randn(11, 5, 13).transpose(0, 1), -1),
 }
 ROWS = ("a row a sample", "one row", "one row expanded", "every second row")
+
+
+def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, feature_dim: int) -> Tensor:
+    """The operator also where ``functional.shift_scale`` prefers torch's own."""
+    return operators.shift_scale(x, center, scale, offset, feature_dim)
 
 
 @pytest.fixture
@@ -207,6 +213,7 @@ def test_features_along_any_axis(axis: int, shape: tuple[int, ...], monkeypatch:
         torch.ops.cn_hf, "shift_scale", lambda *arguments: (met.append(arguments[4]), reference(*arguments))[1]
     )
     x, maps = torch.randn(shape), 1
+    monkeypatch.setattr(functional, "_SMALL", 0)
     moved = x.movedim(axis, maps)
     mean, var, ids = torch.randn(3, 6), torch.rand(3, 6) + 0.5, torch.tensor([0, 2, 1, 0])
     out = context_norm(x, mean, var, ids, feature_dim=axis)
@@ -473,7 +480,7 @@ def test_a_patched_batch_norm_is_one_operator_in_each_direction() -> None:
     norm = nn.BatchNorm2d(4)
     norm(torch.randn(8, 4, 5, 5))
     model = patched(norm, mode="cn-channels")
-    x = torch.randn(6, 4, 5, 5, requires_grad=True)
+    x = torch.randn(6, 4, 40, 40, requires_grad=True)
     with Seen() as seen:
         model(x, context_ids=torch.arange(6) % 3).sum().backward()
     assert [name for name in seen.names if name.startswith("cn_hf")] == [

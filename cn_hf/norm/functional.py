@@ -62,9 +62,14 @@ __all__ = [
     "norm_shift_scale",
     "normalize_rows",
     "posteriors",
+    "scale_rows",
     "seed_mixture",
     "shift_scale",
 ]
+
+
+_SMALL = 8192
+"""Numbers of ``x`` up to which torch's own operators are quicker on a CPU than a call of a kernel of ours."""
 
 
 def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None = None, *, feature_dim: int) -> Tensor:
@@ -83,8 +88,11 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    check_devices(x, center, scale, offset)
     if _seen(x, center, scale, offset):
+        check_devices(x, center, scale, offset)
+        return formulas.shift_scale(x, center, scale, offset, feature_dim)
+    if x.device.type == "cpu" and x.numel() <= _SMALL:
+        operators.check_rows(x, feature_dim, center, scale, offset)
         return formulas.shift_scale(x, center, scale, offset, feature_dim)
     return operators.shift_scale(x, center, scale, offset, feature_dim)
 
@@ -118,18 +126,18 @@ def norm_shift_scale(
 
 
 def _seen(*tensors: Tensor | None) -> bool:
-    """Whether a compiler is to fuse torch's own operators, or others must see them."""
+    """True if torch's own operators are wanted, for a compiler to fuse or for others to see."""
     return torch.compiler.is_compiling() or _looked_into(*tensors)
 
 
 def _looked_into(*tensors: Tensor | None) -> bool:
-    """Whether torch must see its own operators: to trace or transform them, or for subclasses with their own rules."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None)
-    )
+    """True if torch must see its own operators: to trace or transform them, or for subclasses with their own rules."""
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    for tensor in tensors:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return True
+    return False
 
 
 def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = False) -> Tensor:
@@ -228,12 +236,24 @@ def normalize_rows(
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
-    offset = None if bias is None else bias.to(scale.dtype).expand_as(scale)
+    return scale_rows(x, mean, scale, bias, feature_dim, standardize)
+
+
+def scale_rows(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    feature_dim: int,
+    standardize: Standardization | None = None,
+) -> Tensor:
+    """``normalize_rows`` with ``scale``, the weight over ``sqrt(var + eps)``, already computed."""
+    offset = None if bias is None else bias.to(scale.dtype).unsqueeze(0)
     if standardize is None:
         return shift_scale(x, mean, scale, offset, feature_dim=feature_dim)
-    tokens = x.movedim(feature_dim, -1)
+    tokens = x if feature_dim == -1 else x.movedim(feature_dim, -1)
     out = norm_shift_scale(tokens, mean, scale, offset, eps=standardize.eps, centered=standardize.centered)
-    return out.movedim(-1, feature_dim)
+    return out if feature_dim == -1 else out.movedim(-1, feature_dim)
 
 
 def context_norm_plus(

@@ -7,7 +7,7 @@ rows sum to one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ def resolve_context_ids(
         ContextIdError: wrong length, dtype, range, name, or weights that are not finite, not positive or do not sum to
             one.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _plain(context_ids, num_contexts, batch_size, device):
+        return cast(Tensor, context_ids)
     ids = as_tensor(context_ids, names)
     if ids.layout is not torch.strided and not ids.is_nested:
         raise ContextIdError(f"context_ids must be a dense tensor, received one of {ids.layout}: pass ids.to_dense().")
@@ -72,9 +75,21 @@ def resolve_context_ids(
         raise ContextIdError(f"Received {ids.shape[0]} context_ids for a batch of {batch_size} samples; give one each.")
     if ids.is_meta and device.type != "meta":
         raise ContextIdError(f"context_ids are on the meta device, without values, and the model is on {device}.")
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _check_values(ids, num_contexts)
     return ids if ids.device == device else ids.to(device, non_blocking=True)
+
+
+def _plain(context_ids: ContextIds, num_contexts: int, batch_size: int, device: torch.device) -> bool:
+    """True for what most callers give, and is found right with few calls: int64 ``(N,)`` on a CPU."""
+    if type(context_ids) is not Tensor or context_ids.dtype != torch.int64 or context_ids.shape != (batch_size,):
+        return False
+    if device.type != "cpu" or context_ids.device != device or not 0 < batch_size <= _FEW:
+        return False
+    if torch._C._functorch.maybe_get_level(context_ids) != -1 or context_ids.layout != torch.strided:
+        return False
+    values = context_ids.tolist()
+    return bool(min(values) >= 0 and max(values) < num_contexts)
 
 
 def as_tensor(context_ids: ContextIds, names: Sequence[str] | None) -> Tensor:

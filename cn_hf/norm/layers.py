@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ConfigTypeError, ContextIdError, InputShapeError, InputTypeError
 from cn_hf.norm.choices import check_choice, check_flag, check_integer, check_number, check_place
-from cn_hf.norm.em import full_precision, statistics_dtype
-from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows
+from cn_hf.norm.em import statistics_dtype
+from cn_hf.norm.functional import Standardization, context_norm_plus, context_rows, normalize_rows, scale_rows
 from cn_hf.norm.fused.layout import check_devices
 from cn_hf.norm.ids import ContextIds, resolve_context_ids
 
 __all__ = ["ContextNorm", "FeatureNorm", "check_feature_dim", "check_features", "checked_ids"]
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``; the call, which costs as much as a small operator, only where it does something."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+_PARTS = {
+    "embedder": ("embedding", "embedding_bias", "mean_weight", "mean_bias", "var_weight", "var_bias"),
+    "table": ("mean_table", "var_table"),
+}
 
 
 def check_feature_dim(feature_dim: int) -> None:
@@ -243,16 +244,6 @@ class ContextNorm(FeatureNorm):
         """The parameters with a row a context: those whose gradient is sparse with ``sparse=True``."""
         return [self.embedding] if self.parametrization == "embedder" else [self.mean_table, self.var_table]
 
-    def _row_dtype(self) -> tuple[torch.dtype, torch.dtype]:
-        """In what statistics are computed, and what they are rounded to.
-
-        In evaluation they are computed in float64. BLAS and vectorised functions round by the shape of a table; so a
-        row's bits do not depend on how many others there are, or which.
-        """
-        result = statistics_dtype(self._storage())
-        exact = not self.training and not torch.compiler.is_compiling() and self._storage().device.type != "mps"
-        return torch.float64 if exact else result, result
-
     def statistics(self, context_ids: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance (without eps) of all contexts, or of the given hard ids.
 
@@ -265,24 +256,46 @@ class ContextNorm(FeatureNorm):
         Raises:
             ContextIdError: the int is no context.
         """
-        dtype, result = self._row_dtype()
+        compiling = torch.compiler.is_compiling()
+        parts = self._parts(compiling)
+        device = parts[0].device
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return self._statistics(parts, context_ids, compiling)
+        return self._statistics(parts, context_ids, compiling)
 
-        def select(table: Tensor) -> Tensor:
-            selected = table if context_ids is None else context_rows(table, context_ids, sparse=self.sparse)
-            return as_dtype(selected, dtype)
-
+    def _statistics(
+        self, parts: list[Tensor], context_ids: Tensor | int | None, compiling: bool
+    ) -> tuple[Tensor, Tensor]:
+        check_devices(*parts)  # torch multiplies by a matrix without storage
+        result = statistics_dtype(parts[0])
+        # In evaluation they are computed in float64. BLAS and vectorised functions round by the shape of a table; so a
+        # row's bits do not depend on how many others there are, or which.
+        exact = not self.training and not compiling and parts[0].device.type != "mps"
+        dtype = torch.float64 if exact else result
+        if context_ids is not None:
+            rows = len(self.sparse_parameters())
+            parts = [context_rows(part, context_ids, sparse=self.sparse) for part in parts[:rows]] + parts[rows:]
+        parts = [part.to(dtype) for part in parts]
         if self.parametrization == "table":
-            mean, raw = select(self.mean_table), select(self.var_table)
+            mean, raw = parts
         else:
-            biases = self.embedding_bias, self.mean_bias, self.var_bias
-            shift, *offsets = (as_dtype(bias, dtype) for bias in biases)
-            weights = [as_dtype(weight, dtype) for weight in (self.mean_weight, self.var_weight)]
-            check_devices(self.embedding, shift, *weights, *offsets)  # torch multiplies a matrix without storage
-            with full_precision(shift.device):
-                alpha = select(self.embedding) + shift
-                mean, raw = (F.linear(alpha, *map_) for map_ in zip(weights, offsets, strict=True))
+            embedding, shift, mean_weight, mean_bias, var_weight, var_bias = parts
+            alpha = embedding + shift
+            mean, raw = F.linear(alpha, mean_weight, mean_bias), F.linear(alpha, var_weight, var_bias)
         var = F.softplus(raw) if self.variance_activation == "softplus" else raw.exp()
-        return as_dtype(mean, result), as_dtype(var, result)
+        return mean.to(result), var.to(result)
+
+    def _parts(self, compiling: bool) -> list[Tensor]:
+        """The parameters, those with a row a context first, or what stands for them (parametrizations, replicas).
+
+        ``nn.Module`` finds an attribute by a call of Python; a compiler has to see it.
+        """
+        found: Any = {} if compiling else self._parameters
+        parts = []
+        for name in _PARTS[self.parametrization]:
+            parts.append(found[name] if name in found else getattr(self, name))
+        return parts
 
     def inverse_activation(self, var: Tensor) -> Tensor:
         """Return what the variance activation turns into ``var``."""
@@ -392,8 +405,9 @@ class ContextNorm(FeatureNorm):
 
         With ids, ``standardize`` does what a layer norm before this layer would, in the same pass over ``x``.
         """
-        weight = self.weight if weight is None else weight
-        bias = self.bias if bias is None else bias
+        if self.affine:
+            weight = self.weight if weight is None else weight
+            bias = self.bias if bias is None else bias
         if ids is None:
             if self.training:
                 raise ContextIdError("Training needs context_ids: which context does each sample belong to?")
@@ -415,18 +429,31 @@ class ContextNorm(FeatureNorm):
                 weight=weight,
                 bias=bias,
             )
-        mean, var = self.rows(ids)
+        compiling = torch.compiler.is_compiling()
+        if ids.is_floating_point() or self._looks_up_first(ids, compiling):
+            mean, var = self.rows(ids)
+            dtype = statistics_dtype(x, mean)
+            options: Any = {"weight": weight, "bias": bias, "standardize": standardize}
+            return normalize_rows(
+                x, mean.to(dtype), var.to(dtype), eps=self.eps, feature_dim=self.feature_dim, **options
+            )
+        mean, var = self.statistics()
         dtype = statistics_dtype(x, mean)
-        return normalize_rows(
-            x,
-            as_dtype(mean, dtype),
-            as_dtype(var, dtype),
-            eps=self.eps,
-            feature_dim=self.feature_dim,
-            weight=weight,
-            bias=bias,
-            standardize=standardize,
-        )
+        scale = torch.rsqrt(var.to(dtype) + self.eps)
+        if weight is not None:
+            scale = scale * weight
+        mean = mean.to(dtype)
+        if compiling or torch._C._is_tracing():
+            rows = context_rows(mean, ids), context_rows(scale, ids)
+        else:  # the same, without its questions
+            check_devices(mean, ids)
+            rows = torch.embedding(mean, ids), torch.embedding(scale, ids)
+        return scale_rows(x, *rows, bias, self.feature_dim, standardize)
+
+    def _looks_up_first(self, ids: Tensor, compiling: bool) -> bool:
+        """True if only the samples' rows are to be computed: sparse gradients, or more contexts than samples."""
+        # A symbolic batch size must not be compared: the graph would be specialised to one side.
+        return self.sparse or self.num_contexts > (256 if compiling else ids.shape[0])
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (without eps) of each sample, ``(N, C)``, from checked hard or soft ids.
@@ -435,11 +462,8 @@ class ContextNorm(FeatureNorm):
         samples' rows only.
         """
         check_devices(self._storage(), ids)
-        if not ids.is_floating_point():
-            # A symbolic batch size must not be compared: the graph would be specialised to one side.
-            limit = 256 if torch.compiler.is_compiling() else len(ids)
-            if self.sparse or self.num_contexts > limit:
-                return self.statistics(ids)
+        if not ids.is_floating_point() and self._looks_up_first(ids, torch.compiler.is_compiling()):
+            return self.statistics(ids)
         mean, var = self.statistics()
         return context_rows(mean, ids), context_rows(var, ids)
 

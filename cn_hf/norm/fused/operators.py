@@ -32,7 +32,7 @@ from cn_hf.norm.fused.agreement import distrust, module_for, reference, trusted,
 from cn_hf.norm.fused.formulas import Gradients
 from cn_hf.norm.fused.layout import check_devices, in_rows, stored, stored_like
 
-__all__ = ["describe", "fused", "norm_shift_scale", "reference", "shift_scale", "use_kernels"]
+__all__ = ["check_rows", "describe", "fused", "norm_shift_scale", "reference", "shift_scale", "use_kernels"]
 
 
 def fused(device_type: str, dtype: torch.dtype) -> bool:
@@ -123,7 +123,7 @@ def norm_shift_scale(
 
 
 def _shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, feature_dim: int) -> Tensor:
-    _check(x, feature_dim, center, scale, offset)
+    check_rows(x, feature_dim, center, scale, offset)
     held, kernel = _prepared(x, feature_dim, center, scale, offset)
     out: Tensor = _run("shift_scale", kernel, held, (held, center, scale, offset, feature_dim))
     return stored_like(out, x)
@@ -132,7 +132,7 @@ def _shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None
 def _shift_scale_backward(
     grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, feature_dim, center, scale, grad=grad)
+    check_rows(x, feature_dim, center, scale, grad=grad)
     held, kernel = _prepared(x, feature_dim, center, scale)
     arguments = grad, held, center, scale, feature_dim, need_x
     by_x, sums, dots = _run("shift_scale_backward", kernel and f"{kernel}_backward", held, arguments)
@@ -142,7 +142,7 @@ def _shift_scale_backward(
 def _norm_shift_scale(
     x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, ...]:
-    _check(x, -1, center, scale, offset)
+    check_rows(x, -1, center, scale, offset)
     kernel = "norm" if _ordered(x, center, scale, offset) else None
     outputs = _run("norm_shift_scale", kernel, x, (x, center, scale, offset, eps, centered))
     return tuple([output.contiguous() for output in outputs])
@@ -151,7 +151,7 @@ def _norm_shift_scale(
 def _norm_shift_scale_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, center: Tensor, scale: Tensor, need_x: bool, centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, -1, center, scale, grad=grad)
+    check_rows(x, -1, center, scale, grad=grad)
     check_devices(x, mean, rstd)
     kernel = "norm_backward" if _ordered(x, center, scale) and mean.dtype == rstd.dtype == scale.dtype else None
     arguments = grad, x, mean, rstd, center, scale, need_x, centered
@@ -159,7 +159,7 @@ def _norm_shift_scale_backward(
     return x.new_empty(0) if by_x is None else by_x.contiguous(), sums.contiguous(), dots.contiguous()
 
 
-def _check(
+def check_rows(
     x: Tensor,
     feature_dim: int,
     center: Tensor,
@@ -167,7 +167,14 @@ def _check(
     offset: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> None:
-    """The kernels read memory as these shapes say; for a mix with the meta device torch runs the fake kernels."""
+    """Raise unless all is on one device and there is one row of coefficients a sample, or one for all.
+
+    The kernels read memory as these shapes say; for a mix with the meta device torch would run the fake kernels.
+
+    Raises:
+        InputDeviceError: the tensors are on different devices.
+        InputShapeError: the shapes do not fit.
+    """
     check_devices(x, center, scale, offset, grad)
     samples, features = x.shape[0], x.shape[feature_dim]
     for row in (center, scale, offset):
@@ -186,6 +193,8 @@ def _prepared(
     """``x`` in rows or columns, copied if it is in neither, and the kernel for it; None where there is none."""
     if not _ordered(x, center, scale, offset):
         return x, None
+    if x.is_contiguous():
+        return x, "rows" if feature_dim == 1 and x.numel() > x.shape[0] * x.shape[1] else "vectors"
     held, _ = stored(x, feature_dim)
     return held, "rows" if in_rows(held, feature_dim) else "vectors"
 
