@@ -82,9 +82,11 @@ def resolve_context_ids(
 
 def _plain(context_ids: ContextIds, num_contexts: int, batch_size: int, device: torch.device) -> bool:
     """True for what most callers give, and is found right with few calls: int64 ``(N,)`` on a CPU."""
-    if type(context_ids) is not Tensor or context_ids.dtype != torch.int64 or context_ids.shape != (batch_size,):
+    if type(context_ids) is not Tensor or context_ids.is_nested or context_ids.dtype != torch.int64:
         return False
     if device.type != "cpu" or context_ids.device != device or not 0 < batch_size <= _FEW:
+        return False
+    if context_ids.shape != (batch_size,):
         return False
     if torch._C._functorch.maybe_get_level(context_ids) != -1 or context_ids.layout != torch.strided:
         return False
