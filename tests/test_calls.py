@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import multiprocessing
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -434,3 +437,26 @@ def test_each_class_has_the_compilers_limit_for_itself() -> None:
             for batch in (2, 3, 4):
                 x = torch.randn(batch, 3, width)
                 torch.testing.assert_close(compiled(x, context_ids=1), model(x, context_ids=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_the_way_of_ids_to_the_layers_is_short() -> None:
+    """Python calls of ``cn_hf.patching`` in a forward of 13 slots, and those of torch that it makes to route."""
+    model = timm.create_model("test_vit").eval()
+    x, ids, folder = torch.randn(8, 3, 160, 160), torch.arange(8) % 3, str(Path(cn_hf.patching.__file__).parent)
+    cn_hf.patch_model(model)
+    made: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            made[frame.f_code.co_name] += 1
+
+    for _ in range(2):
+        made.clear()
+        sys.setprofile(count)
+        model(x, context_ids=ids)
+        sys.setprofile(None)
+    assert len(cn_hf.patch_report(model)) == 13
+    assert made.total() <= 13 * 10 + 30, made

@@ -41,7 +41,6 @@ from cn_hf.patching.transformers_norms import (
 
 __all__ = ["MIXING", "NORMS", "REFUSED", "NormEntry", "Slot", "adjusted_variance", "qualified_name", "slot_class"]
 
-AFFINE = ("weight", "bias")
 NORMALIZERS = (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -291,7 +290,8 @@ class SampleNormSlot(Slot):
     def forward(self, x: Tensor) -> Tensor:
         """Standardise each sample, normalise by context, scale and shift."""
         parameters = self._parameters  # type: ignore[attr-defined]  # of nn.Module
-        affine = {name: parameters[name] if name in parameters else getattr(self, name, None) for name in AFFINE}
+        weight = parameters["weight"] if "weight" in parameters else getattr(self, "weight", None)
+        bias = parameters["bias"] if "bias" in parameters else getattr(self, "bias", None)
         norm, router = self._modules["normalizer"], self.router  # type: ignore[attr-defined]  # of nn.Module
         one_pass = self.entry.standardize if isinstance(norm, ContextNorm) and router.observer is None else None
         dtype, ids = statistics_dtype(x), None
@@ -299,10 +299,11 @@ class SampleNormSlot(Slot):
             if not self.near_sequence_first or not router.is_sequence_first(x):
                 ids = self._context_ids(x)
             if ids is not None:
-                y = self._call(x, ids, **affine, standardize=one_pass.of(self, dtype))
+                y = self._call(x, ids, weight=weight, bias=bias, standardize=one_pass.of(self, dtype))
                 return _finish(self, y.to(x.dtype), self.entry.fused)
         wide = x.to(dtype)
-        y = self._normalize(self.entry.standardized(self, wide) if self.keep_statistics else wide, **affine)
+        inner = self.entry.standardized(self, wide) if self.keep_statistics else wide
+        y = self._normalize(inner, weight=weight, bias=bias)
         return _finish(self, y.to(x.dtype), self.entry.fused)
 
 

@@ -61,7 +61,8 @@ def patch_model(
             model has any of that kind (cn modes), else ``"paper"``.
         context_names: names of the contexts; sets their number too.
         config: a whole configuration; the arguments and options given beside it replace its fields.
-        **options: further fields of ``ContextNormConfig``.
+        **options: further fields of ``ContextNormConfig``, such as ``view_order="view"`` for a forward that
+            concatenates views of its batch, ``torch.cat([x1, x2])``.
 
     Returns:
         The same object.

@@ -26,9 +26,10 @@ class PerVector:
 
     def of(self, norm: Any, dtype: torch.dtype) -> Standardization:
         """As the module ``norm`` does it, which computes in ``dtype``."""
-        given = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
-        eps = next((float(eps) for eps in given if eps is not None), torch.finfo(dtype).eps)
-        return Standardization(self.centered, eps)
+        eps = getattr(norm, "eps", None)
+        if eps is None:
+            eps = getattr(norm, "variance_epsilon", None)
+        return Standardization(self.centered, torch.finfo(dtype).eps if eps is None else float(eps))
 
 
 LAYER, RMS = PerVector(centered=True), PerVector(centered=False)
