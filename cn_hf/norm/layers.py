@@ -438,6 +438,7 @@ class ContextNorm(FeatureNorm):
                 x, mean.to(dtype), var.to(dtype), eps=self.eps, feature_dim=self.feature_dim, **options
             )
         mean, var = self.statistics()
+        check_devices(mean, ids, weight, bias)
         dtype = statistics_dtype(x, mean)
         scale = torch.rsqrt(var.to(dtype) + self.eps)
         if weight is not None:
@@ -446,7 +447,6 @@ class ContextNorm(FeatureNorm):
         if compiling or torch._C._is_tracing():
             rows = context_rows(mean, ids), context_rows(scale, ids)
         else:  # the same, without its questions
-            check_devices(mean, ids)
             rows = torch.embedding(mean, ids), torch.embedding(scale, ids)
         return scale_rows(x, *rows, bias, self.feature_dim, standardize)
 
