@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import CONFIG, Starter, finish, outcome, train
+from training_runs import CONFIG, Starter, finish, outcome, release, train
 
 from cn_hf.errors import CheckpointError, ConfigError, TrainingError
 
@@ -82,11 +82,12 @@ def test_killed_within_saves(start: Starter, never_killed: dict[int, Path], tmp_
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_asked_to_stop(start: Starter, never_killed: dict[int, Path], tmp_path: Path, processes: int) -> None:
-    running = start(tmp_path, processes)
+    running = start(tmp_path, processes, hold_at_sync=6)  # a checkpoint has four; its second one
     while not steps_of(tmp_path):
         time.sleep(0.005)
         assert running[0].is_alive()
     os.kill(running[-1].pid, signal.SIGTERM)
+    release(tmp_path)
     for process in running:
         process.join(60)
         assert process.exitcode == 1  # all end, with an error, though only one was asked
@@ -101,7 +102,7 @@ def test_sharded_run_killed_and_resumed(start: Starter, tmp_path: Path) -> None:
     for folder in (alone, killed):
         folder.mkdir()
     finish(start(alone, 2, fsdp=True))
-    running = start(killed, 2, fsdp=True)
+    running = start(killed, 2, fsdp=True, hold_at_sync=14)
     while len(steps_of(killed)) < 2:
         time.sleep(0.005)
         assert running[0].is_alive()
@@ -123,11 +124,12 @@ def test_only_the_last_checkpoints_are_kept(never_killed: dict[int, Path]) -> No
 
 def killed_run(start: Starter, folder: Path) -> Path:
     """A run stopped after some checkpoints; its folder of checkpoints."""
-    running = start(folder, 1)
+    running = start(folder, 1, hold_at_sync=10)  # after the second
     while len(steps_of(folder)) < 2:
         time.sleep(0.005)
         assert running[0].is_alive()
     os.kill(running[0].pid, signal.SIGTERM)
+    release(folder)
     running[0].join(60)
     return folder / "run" / "checkpoints"
 

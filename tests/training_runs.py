@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ def train(
     processes: int = 1,
     port: int = 0,
     die_at_sync: int | None = None,
+    hold_at_sync: int | None = None,
     config: TrainingConfig = CONFIG,
     kind: str = "everything",
     dtype: torch.dtype = torch.float32,
@@ -91,7 +94,9 @@ def train(
 ) -> None:
     """One run, resumed from ``folder``; its final weights and history go to ``result``.
 
-    ``die_at_sync`` kills the process by SIGKILL at that call of ``os.fsync``, which is within a save.
+    ``die_at_sync`` kills the process by SIGKILL at that call of ``os.fsync``, which is within a save. The main process
+    stays in the call ``hold_at_sync`` until ``release`` is called, so that a test meets the run there however busy the
+    machine is.
     """
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -106,7 +111,9 @@ def train(
             FSDP_MIN_NUM_PARAMS="0", CUDA_VISIBLE_DEVICES="",
         )  # fmt: skip
     if die_at_sync is not None:
-        _die_at_sync(die_at_sync)
+        _at_sync(die_at_sync, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if hold_at_sync is not None and rank == 0:
+        _at_sync(hold_at_sync, lambda: _wait_for(Path(result + ".released")))
     accelerator = make_accelerator(config)
     model = network(kind).to(dtype)
     history = fit(
@@ -160,14 +167,24 @@ def outcome(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _die_at_sync(number: int) -> None:
+def release(folder: Path) -> None:
+    """Let a run go on that ``hold_at_sync`` holds, and the next one through."""
+    (folder / "result.pt.released").touch()
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
+
+
+def _at_sync(number: int, action: Callable[[], None]) -> None:
     original, calls = os.fsync, 0
 
     def fsync(descriptor: int) -> None:
         nonlocal calls
         calls += 1
         if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
         original(descriptor)
 
     os.fsync = fsync
