@@ -25,11 +25,11 @@ from cn_hf.errors import (
     InputTypeError,
     PatchError,
 )
+from cn_hf.evaluation.contact_sheet import write_contact_sheet
 from cn_hf.hub.restyle_command import restyle as command
 from cn_hf.hub.restyle_files import restyle_files
 from cn_hf.patching.restyle import restyle
 from cn_hf.reading.statistics import channel_statistics
-from cn_hf.recipes.siamese.contact_sheet import write_contact_sheet
 from cn_hf.recipes.siamese.restyling import Levels, learned_levels, measure_shift
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

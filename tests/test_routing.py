@@ -694,7 +694,8 @@ def test_plus_settings_reach_every_layer(stats: str, scale: str) -> None:
 
 
 def test_plus_of_one_layer_by_hand() -> None:
-    model = cn_hf.patch_model(SmallTokenNet(nn.LayerNorm(6)).eval(), parametrization="table", num_contexts=2)
+    model = SmallTokenNet(nn.LayerNorm(6)).eval()
+    cn_hf.patch_model(model, parametrization="table", num_contexts=2, plus_posterior="vector")
     mean, var = torch.randn(2, 6), torch.rand(2, 6) + 0.5
     model.norm.normalizer.set_statistics(mean, var)
     x = torch.randn(2, 3, 5)

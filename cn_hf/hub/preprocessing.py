@@ -209,7 +209,14 @@ def record_pixel_statistics(model: nn.Module, image_processor: Any = None) -> No
     values = described if isinstance(described, dict) else getattr(image_processor, "__dict__", {})
     mean, std = (values.get(name, values.get(f"image_{name}")) for name in ("mean", "std"))
     if mean and std and not _knows_pixels(model):
-        router.pixel_mean, router.pixel_std = tuple(map(float, mean)), tuple(map(float, std))
+        channels = input_size_of(model)[0]
+        router.pixel_mean, router.pixel_std = (_one_a_channel(part, channels) for part in (mean, std))
+
+
+def _one_a_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return the values, or their mean where they are of images with another number of channels, as timm does."""
+    numbers = tuple(map(float, values))
+    return numbers if len(numbers) in (1, channels) else (sum(numbers) / len(numbers),)
 
 
 def _knows_pixels(model: nn.Module) -> bool:

@@ -64,7 +64,7 @@ class ContextNormConfig:
     inference: str = "cn+"
     plus_stats: str = "learned"
     plus_scale: str = "none"
-    plus_posterior: str = "vector"
+    plus_posterior: str = "sample"
     view_order: str = "batch"
     sparse: bool = False
     momentum: float = 0.1
@@ -132,12 +132,12 @@ class ContextNormConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContextNormConfig:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; a config without ``plus_posterior`` is older, and means ``"vector"``.
 
         Raises:
             ConfigError: a key is unknown or a value out of range.
         """
-        return cls(**_known(values))
+        return cls(**({"plus_posterior": "vector"} | _known(values)))
 
 
 def _all_strings(values: Iterable[object]) -> bool:

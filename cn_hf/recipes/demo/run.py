@@ -1,284 +1,227 @@
-"""``cn-hf demo``: the whole path on real images in about a minute, without network or GPU.
+"""``cn-hf demo``: a trained network meets eight new domains that nobody labelled, without network or GPU.
 
-Handwritten digits in two domains (see ``demo_data``), the contexts being the domains. One small network is trained
-three times with the same seed, data order and budget, and all three are evaluated on the same test digits:
+A small batch-norm network is trained on handwritten digits as scanned. Then each domain is known by 64 unlabelled
+images, and becomes a context of the network (``cn_hf.adapt``). All test digits are classified in all domains, in one
+mixed stream, beside the rivals and the controls that could refute it. The network is saved, loaded again and shown to
+give the same results.
 
-- ``BN``: the network as it is, a BatchNorm after each convolution;
-- ``no norm``: without CN or any other normalization, its convolutions having biases instead;
-- ``CN``: each BatchNorm swapped for CN-Channels, started from training images.
-
-The network with CN is then saved, loaded again and shown to give the same results. Its context source, a Gaussian
-mixture over pixels fitted on the training images, travels along and names the domain of new images.
+Shape legend: ``n`` digits; images are float32 ``(n, 1, 24, 24)``.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import time
+import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import datasets
+import PIL.Image
+import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 import cn_hf
-from cn_hf.contexts import CONTEXT_COLUMN, ClusterContexts
-from cn_hf.data import PreparedData, prepare_data
+import cn_hf.models  # registers the network with timm
+from cn_hf.contexts import StatisticsContexts
 from cn_hf.devices import torch_threads
-from cn_hf.errors import CheckpointError, ContextSourceError
-from cn_hf.evaluation import (
-    ProtocolReport,
-    context_table,
-    evaluate_protocols,
-    plot_context_statistics,
-    plot_protocols,
-    plot_training_curves,
-    protocol_table,
-    write_results,
+from cn_hf.errors import CheckpointError
+from cn_hf.evaluation import write_results
+from cn_hf.evaluation.contact_sheet import write_contact_sheet
+from cn_hf.evaluation.domains import (
+    DomainRow,
+    Domains,
+    Predict,
+    domain_table,
+    in_each_domain,
+    of_batches,
+    plot_domains,
+    plot_over_images,
+    shuffled_names,
+    summary_table,
 )
 from cn_hf.files import write_whole
-from cn_hf.hub import from_pretrained
-from cn_hf.patching.patch import named_slots
-from cn_hf.patching.routing import router_of
-from cn_hf.recipes.classifier.data import class_counts
-from cn_hf.recipes.classifier.network import build_classifier
-from cn_hf.recipes.classifier.results import data_in_words, network_facts, save_network
-from cn_hf.recipes.demo.data import DOMAINS, digits_in_two_domains, write_sample_sheet
-from cn_hf.training.config import TrainingConfig
-from cn_hf.training.history import History
-from cn_hf.training.networks import create_network
-from cn_hf.training.preparation import make_accelerator
+from cn_hf.patching.reference import SOURCE
+from cn_hf.recipes.demo.data import DOMAINS, demo_domains, in_domain, strokes
 from cn_hf.training.run_folder import CHECKPOINT, RESULTS, OpenFolder, held_folder
-from cn_hf.training.supervised import fit
 
-__all__ = ["demo_config", "fitted_domain_source", "run_demo"]
+__all__ = ["adapted", "run_demo", "trained_network"]
 
-NETWORKS = """networks, same seed, data order and budget:
-  BN       as it is, a BatchNorm after each convolution
-  no norm  without CN or any other normalization
-  CN       each BatchNorm swapped for CN-Channels"""
-TITLE = "Handwritten digits in two domains (test split)"
-EVALUATION_BATCH = 250
+TITLE = "Handwritten digits in eight new domains (test digits)"
+UNLABELLED = 64
+COUNTS = (2, 8, 32, 128)
+DRAWS = 3
 
 
-def demo_config(*, seed: int = 0, epochs: int = 15, progress: bool = True) -> TrainingConfig:
-    """Options of all three trainings, chosen on the validation split."""
-    return TrainingConfig(
-        model="cn_digits_convnet",
-        mode="cn-channels",
-        where=("norms",),
-        epochs=epochs,
-        batch_size=64,
-        optimizer="adamw",
-        learning_rate=3e-3,
-        weight_decay=1e-2,
-        schedule="cosine",
-        warmup_epochs=1.0,
-        keep_best=False,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def run_demo(output_dir: str | Path, *, seed: int = 0, epochs: int = 15, progress: bool = True) -> ProtocolReport:
-    """Make the data, train, evaluate, save, reload; print the results and write them into a folder.
+def run_demo(output_dir: str | Path, *, seed: int = 0, epochs: int = 15, progress: bool = True) -> list[DomainRow]:
+    """Train, adapt, evaluate, save, reload; print the results and write them into a folder.
 
     Args:
-        output_dir: Gets ``results.json``, ``table.md``, four PNGs and ``checkpoint/``; other files there stay.
-        seed: Of backgrounds, weights and data order.
-        epochs: Of each training.
+        output_dir: Gets ``results.json``, ``table.md``, three PNGs and ``checkpoint/``; other files there stay.
+        seed: Of weights, data order and domains.
+        epochs: Of the training on clean digits.
         progress: Show progress bars.
 
     Returns:
-        The evaluation of the network with CN, the other two being its baselines.
+        The rows of the table, the network as trained first.
 
     Raises:
-        CheckpointError: The folder cannot be written to, another run has it or it was removed meanwhile, or the
-            reloaded network differs from the saved one.
+        CheckpointError: The folder cannot be written to, or the reloaded network differs from the saved one.
     """
     started = time.perf_counter()
-    folder = Path(output_dir)
     # As fast for so small a network, the same result on any number of cores, and untroubled by what else runs there.
-    with held_folder(folder) as held, torch_threads(1):
-        return _run(held, demo_config(seed=seed, epochs=epochs, progress=progress), started)
+    with held_folder(Path(output_dir)) as held, torch_threads(1):
+        return _run(held, seed, epochs, progress, started)
 
 
-def _run(held: OpenFolder, config: TrainingConfig, started: float) -> ProtocolReport:
-    accelerator, folder = make_accelerator(config), held.path
-    splits = digits_in_two_domains(config.seed)
-    source = fitted_domain_source(splits["train"])
-    agreement = source_agreement(source, splits)
-    data = _prepare(splits, source, config, accelerator)
-    print(data_in_words(data))
+def _run(held: OpenFolder, seed: int, epochs: int, progress: bool, started: float) -> list[DomainRow]:
+    folder = held.path
+    images, labels, domains = demo_domains(seed)
+    network = trained_network(images, labels, seed=seed, epochs=epochs, progress=progress)
     print(
-        "context source: Gaussian mixture over pixels, fitted without labels on train; it names the domain of "
-        f"{100 * agreement['train']:.1f} % of train and {100 * agreement['test']:.1f} % of test images"
+        f"A batch-norm network, trained on {len(images)} clean digits, meets {len(DOMAINS)} new domains. Each is known "
+        f"by {UNLABELLED} unlabelled images; {len(domains.labels)} test digits are classified in each."
     )
-    print(NETWORKS)
-    networks, histories = _train(config, data, accelerator)
-    report = _evaluate(config, networks, data, accelerator)
-    print("\n" + protocol_table(report, title=TITLE) + "\n\n" + context_table(report))
+    model = adapted(network, domains, UNLABELLED)
+    rows, named = _rows(network, model, domains, seed)
+    table = summary_table(rows, domains)
+    print(f"\n{table}\n\n{domain_table(_shown(rows), domains)}\n\nContexts named right: {100 * named:.1f} % of images.")
+    curve = _over_images(network, domains, seed, progress)
     held.check()
-    reloaded = _save_and_reload(networks["CN"], folder / CHECKPOINT, report, config, data, accelerator)
-    print(f"\n{reloaded['summary']}")
+    model_again = _save_and_reload(model, folder / CHECKPOINT, rows, domains)
     seconds = time.perf_counter() - started
-    results = {
-        "config": config.to_dict(),
-        "networks": {name: network_facts(network) for name, network in networks.items()},
-        "context_source_agreement": agreement,
-        "history": {name: history.to_dict() for name, history in histories.items()},
-        "evaluation": report,
-        "reloaded": reloaded,
-        "seconds": seconds,
-    }
-    _write(folder, splits, networks["CN"], histories, report, results)
-    held.check()
-    print(f"written to {folder}{'' if folder.is_absolute() else '/'} in {seconds:.0f} s")
-    return report
-
-
-def fitted_domain_source(train: datasets.Dataset) -> ClusterContexts:
-    """Two clusters of the training images, each named after the domain most of its images are of.
-
-    Raises:
-        ContextSourceError: The clusters do not tell the domains apart.
-    """
-    options: dict[str, Any] = {"decode_size": 8, "reg_covar": 1e-4}
-    clusters = ClusterContexts(len(DOMAINS), **options).fit(train)
-    found = torch.tensor(clusters.apply(train)[CONTEXT_COLUMN])
-    domains = torch.tensor(train["domain"])
-    names = [DOMAINS[int(domains[found == cluster].mode().values)] for cluster in range(len(DOMAINS))]
-    if len(set(names)) != len(DOMAINS):
-        raise ContextSourceError(f"the clusters do not tell the domains apart: they are named {names}")
-    # The fit is deterministic, so this one has the same clusters.
-    return ClusterContexts(len(DOMAINS), names=names, **options).fit(train)
-
-
-def source_agreement(source: ClusterContexts, splits: datasets.DatasetDict) -> dict[str, float]:
-    """Per split, the part of images whose domain the source names."""
-    agreement = {}
-    for split, dataset in splits.items():
-        named = [source.names[context] for context in source.apply(dataset)[CONTEXT_COLUMN]]
-        true = [DOMAINS[domain] for domain in dataset["domain"]]
-        agreement[split] = sum(one == other for one, other in zip(named, true, strict=True)) / len(true)
-    return agreement
-
-
-def _prepare(
-    splits: datasets.DatasetDict, source: ClusterContexts, config: TrainingConfig, accelerator: Accelerator
-) -> PreparedData:
-    """Batches whose contexts are the true domains, numbered as the source numbers them."""
-    feature = datasets.ClassLabel(names=list(source.names))
-    with_contexts = datasets.DatasetDict(
-        {
-            split: dataset.add_column(
-                CONTEXT_COLUMN, [source.names.index(DOMAINS[domain]) for domain in dataset["domain"]], feature=feature
-            )
-            for split, dataset in splits.items()
-        }
+    _write(folder, rows, domains, table, curve, {"seed": seed, "named_right": named, "seconds": seconds})
+    print(
+        f"\nReloaded from {CHECKPOINT}/ with cn_hf.from_pretrained, same accuracy: {100 * model_again:.1f} %. Written "
+        f"to {folder} in {seconds:.0f} s.\nNext: cn-hf inspect {folder / CHECKPOINT}"
     )
-    prepared = prepare_data(
-        with_contexts,
-        label_column="label",
-        batch_size=config.batch_size,
-        eval_batch_size=EVALUATION_BATCH,
-        seed=config.seed,
-        device=accelerator.device,
-    )
-    return dataclasses.replace(prepared, context_source=source)
+    return rows
 
 
-def _train(
-    config: TrainingConfig, data: PreparedData, accelerator: Accelerator
-) -> tuple[dict[str, nn.Module], dict[str, History]]:
-    networks: dict[str, nn.Module] = {"BN": build_classifier(config.replace(mode="none", where=()), data)}
-    set_seed(config.seed)
-    networks["no norm"] = create_network(
-        config.model,
-        num_classes=data.num_classes,
-        input_size=data.input_size,
-        model_args={"norm_layer": nn.Identity},
-    )
-    networks["CN"] = build_classifier(config, data)
-    assert data.train is not None  # the demo's data has all splits
-    histories = {
-        name: fit(
-            network, data.train, data.validation, config=config, accelerator=accelerator, description=f"{name:>7}"
+def trained_network(images: Tensor, labels: Tensor, *, seed: int, epochs: int, progress: bool) -> nn.Module:
+    """Train the digits network on clean images, ``(n, 1, 24, 24)``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = timm.create_model("cn_digits_convnet", in_chans=1)
+    steps = epochs * len(images) // 64
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(steps), desc="train", unit="step", leave=False, disable=None if progress else True):
+        rows = torch.randint(len(images), (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(network(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    trained: nn.Module = network.eval()
+    return trained
+
+
+def adapted(network: nn.Module, domains: Domains, count: int, first: int = 0) -> nn.Module:
+    """Return a copy of the network with a context for each domain, measured on ``count`` unlabelled images."""
+    images = {name: domains.unlabelled[name][first : first + count] for name in domains.shifted}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Contexts measured on fewer")
+        return cn_hf.adapt(copy.deepcopy(network), images)
+
+
+def _context(domain: str) -> str:
+    return SOURCE if domain == "clean" else domain
+
+
+def _rows(network: nn.Module, model: nn.Module, domains: Domains, seed: int) -> tuple[list[DomainRow], float]:
+    """Return all rows, and the part of images whose context is named right."""
+    source = StatisticsContexts()
+    source.fit({_context(name): images[:UNLABELLED] for name, images in domains.unlabelled.items()}, model=model)
+    names = [_context(name) for name in domains.test]
+    pooled = torch.cat([domains.unlabelled[name][:UNLABELLED] for name in domains.shifted])
+    all_in_one = cn_hf.adapt(copy.deepcopy(network), {"pooled": pooled}, max_images=len(pooled))
+
+    def in_context(domain: str) -> Predict:
+        return lambda x: model(x, context_ids=_context(domain))
+
+    def predicted(x: Tensor) -> Any:
+        ids = source.predict(x)
+        return model(x, context_ids=ids.masked_fill(ids < 0, names.index(SOURCE)))
+
+    def shuffled(x: Tensor) -> Any:
+        return model(x, context_ids=shuffled_names(names, len(x), seed))
+
+    rows = [
+        in_each_domain(lambda _: network, domains, "as trained (each image standardised)"),
+        of_batches(network, domains, "batch norm of mixed batches of 200", mixed=True, seed=seed, needs="the batch"),
+        of_batches(
+            network, domains, "batch norm of batches of one domain", mixed=False, seed=seed, needs="200 of its domain"
+        ),
+        in_each_domain(in_context, domains, f"CN, {UNLABELLED} images a domain", "the domain's name"),
+        in_each_domain(lambda _: predicted, domains, "CN, contexts predicted", ""),
+        in_each_domain(lambda _: model, domains, "CN+, one posterior a sample", ""),
+        in_each_domain(lambda _: lambda x: all_in_one(x, context_ids="pooled"), domains, "one context for all domains"),
+        in_each_domain(lambda _: shuffled, domains, "CN, shuffled contexts (control)", "a wrong name"),
+    ]
+    right = [(source.predict(x) == source.names.index(_context(name))).float() for name, x in domains.test.items()]
+    return rows, float(torch.cat(right).mean())
+
+
+def _shown(rows: list[DomainRow]) -> list[DomainRow]:
+    return [rows[0], rows[1], rows[3], rows[4]]
+
+
+def _over_images(network: nn.Module, domains: Domains, seed: int, progress: bool) -> dict[int, list[float]]:
+    """Return accuracies in shifted domains with other numbers of unlabelled images, several draws of each."""
+    found: dict[int, list[float]] = {}
+    jobs = [(count, draw) for count in COUNTS for draw in range(DRAWS)]
+    for count, draw in tqdm(jobs, desc="adapt", unit="draw", leave=False, disable=None if progress else True):
+        model = adapted(network, domains, count, first=draw * COUNTS[-1])
+        row = in_each_domain(
+            lambda domain, model=model: lambda x: model(x, context_ids=_context(domain)),  # type: ignore[misc]
+            domains,
+            "",
         )
-        for name, network in networks.items()
-    }
-    return networks, histories
+        found.setdefault(count, []).append(row.accuracy(domains.shifted))
+    return found
 
 
-def _evaluate(
-    config: TrainingConfig, networks: dict[str, nn.Module], data: PreparedData, accelerator: Accelerator
-) -> ProtocolReport:
-    assert data.train is not None
-    assert data.test is not None
-    return evaluate_protocols(
-        networks["CN"],
-        data.test,
-        num_classes=data.num_classes,
-        class_counts=class_counts(data.train, data.num_classes, len(DOMAINS), config),
-        baseline={name: networks[name] for name in ("BN", "no norm")},
-        top_k=(1,),
-        seed=config.seed,
-        accelerator=accelerator,
-        progress=config.progress,
-    )
-
-
-def _save_and_reload(
-    network: nn.Module,
-    folder: Path,
-    report: ProtocolReport,
-    config: TrainingConfig,
-    data: PreparedData,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Save the network with CN, load it again and evaluate what was loaded, with its own context source."""
-    save_network(network, folder, config, data, data.num_classes)
-    loaded = from_pretrained(folder, device=accelerator.device)
-    assert data.test is not None
-    again = evaluate_protocols(
-        loaded, data.test, num_classes=data.num_classes, top_k=(1,), accelerator=accelerator, progress=False
-    )
-    accuracies: dict[str, Any] = {}
-    for row in ("true contexts", "predict"):
-        before, after = report[row].accuracy(), again[row].accuracy()
-        if before is None or before != after:
-            raise CheckpointError(f"row {row!r} of the reloaded network is {after}, but {before} of the saved one")
-        accuracies[row] = after
-    shown = ", ".join(f"{row} {100 * accuracy:.2f} %" for row, accuracy in accuracies.items())
-    summary = f"reloaded from {folder.name}/ with cn_hf.from_pretrained, same accuracy: {shown}"
-    return {**accuracies, "summary": summary}
+def _save_and_reload(model: nn.Module, folder: Path, rows: list[DomainRow], domains: Domains) -> float:
+    """Save the adapted network, load it again and evaluate what was loaded."""
+    cn_hf.save_pretrained(model, folder)
+    loaded = cn_hf.from_pretrained(folder).eval()
+    again = in_each_domain(lambda domain: lambda x: loaded(x, context_ids=_context(domain)), domains, "reloaded")
+    known = next(row for row in rows if "images a domain" in row.name)
+    if any(not torch.equal(again.correct[name], known.correct[name]) for name in domains.test):
+        raise CheckpointError("The reloaded network classifies other images right than the saved one.")
+    return again.accuracy(domains.shifted)
 
 
 def _write(
     folder: Path,
-    splits: datasets.DatasetDict,
-    network: nn.Module,
-    histories: dict[str, History],
-    report: ProtocolReport,
-    results: dict[str, Any],
+    rows: list[DomainRow],
+    domains: Domains,
+    table: str,
+    curve: dict[int, list[float]],
+    facts: dict[str, Any],
 ) -> None:
     try:
-        write_sample_sheet(splits["train"], folder / "samples.png")
-        curves = {name: history.to_dict()["epochs"] for name, history in histories.items()}
-        plot_training_curves(curves, folder / "curves.png", title="Digits in two domains")
-        plot_protocols(report, folder / "protocols.png", title=TITLE)
-        first_name, first = named_slots(network)[0]
-        plot_context_statistics(
-            cast(cn_hf.ContextNorm, first.normalizer),
-            folder / "contexts.png",
-            context_names=router_of(network).config.context_names,
-            title=f"What CN learned in {first_name}",
+        x, _ = strokes()
+        sheet = {name: [_picture(image) for image in in_domain(name, x[:12], 0)] for name in domains.test}
+        write_contact_sheet([sheet], folder / "domains.png", title="The domains, each image standardised", height=56)
+        plot_domains(_shown(rows), domains, folder / "accuracy.png", title=TITLE)
+        plot_over_images(
+            {"CN, contexts known": curve},
+            {rows[0].name: rows[0].accuracy(domains.shifted), rows[1].name: rows[1].accuracy(domains.shifted)},
+            folder / "images.png",
+            title=f"{TITLE}: {DRAWS} draws",
         )
-        table = protocol_table(report, title=TITLE) + "\n\n" + context_table(report)
-        write_whole(folder / "table.md", (table + "\n").encode())
-        write_results(folder / RESULTS, results)
+        text = f"### {TITLE}\n\n{table}\n\n{domain_table(rows, domains)}\n"
+        write_whole(folder / "table.md", text.encode())
+        accuracies = {row.name: {name: row.accuracy([name]) for name in domains.test} for row in rows}
+        write_results(folder / RESULTS, {**facts, "accuracy": accuracies, "accuracy_over_images": curve})
     except OSError as error:
-        raise CheckpointError(f"the results cannot be written to {folder}: {error}") from error
+        raise CheckpointError(f"The results cannot be written to {folder}: {error}") from error
+
+
+def _picture(image: Tensor) -> PIL.Image.Image:
+    pixels = ((image[0] + 1.5) / 4.5 * 255).clamp(0, 255).to(torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())

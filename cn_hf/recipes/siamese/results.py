@@ -16,6 +16,7 @@ import torch
 
 from cn_hf.errors import CheckpointError
 from cn_hf.evaluation import markdown_table, plot_training_curves, run_environment, write_results
+from cn_hf.evaluation.contact_sheet import write_contact_sheet
 from cn_hf.evaluation.plots import COLORS, new_figure, quiet_axes, save_figure
 from cn_hf.files import write_whole
 from cn_hf.hub.description import EMBEDDING
@@ -23,7 +24,6 @@ from cn_hf.patching.restyle import restyle
 from cn_hf.patching.routing import RoutedModel, router_of
 from cn_hf.printing import for_markdown
 from cn_hf.recipes.classifier.results import network_facts, portable_config, save_network
-from cn_hf.recipes.siamese.contact_sheet import write_contact_sheet
 from cn_hf.recipes.siamese.networks import SiameseNetwork, SiameseRun, has_input_contexts
 from cn_hf.recipes.siamese.restyling import Levels, Shift
 from cn_hf.recipes.siamese.verification import Verification
