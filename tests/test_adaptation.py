@@ -67,6 +67,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm resnet": seeded(lambda: settle(timm.create_model("test_resnet"))),
     "timm efficientnet": seeded(lambda: settle(timm.create_model("test_efficientnet"))),  # BatchNormAct2d
     "timm vit": vit,
+    "timm test_vit": seeded(lambda: settle(timm.create_model("test_vit", img_size=16))),
     "transformers vit": hf_vit,
     "group norm": lambda: of_norm(lambda c: nn.GroupNorm(2, c)),
     "LayerNorm2d": lambda: of_norm(timm.layers.LayerNorm2d),
@@ -212,6 +213,37 @@ def test_moments_are_kept_so_that_no_reference_is_needed_again() -> None:
     cn_hf.adapt(model, {"fog": fog()}, reference="night")
     with pytest.raises(PatchError, match="reference images"):
         cn_hf.adapt(cn_hf.patch_model(vit(), context_names=["source"]), {"fog": fog()})
+
+
+def resaved(model: nn.Module, folder: Path, norms_only: bool) -> nn.Module:
+    cn_hf.save_pretrained(model, folder, norms_only=norms_only)
+    base = copy.deepcopy(model)
+    return cn_hf.from_pretrained(folder, model=cn_hf.unpatch_model(base) if norms_only else None).eval()
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+@pytest.mark.parametrize("name", ["timm test_vit", "transformers vit", "timm resnet"])
+def test_moments_travel_with_a_checkpoint(name: str, norms_only: bool, tmp_path: Path) -> None:
+    model = cn_hf.adapt(MODELS[name](), {"fog": fog()}, reference=source())
+    loaded = resaved(model, tmp_path, norms_only)
+    for domains in ({"night": fog() * 0.5}, {"rain": fog() - 1}):
+        cn_hf.adapt(model, domains)
+        cn_hf.adapt(loaded, domains)
+    for context in ("source", "fog", "night", "rain"):
+        assert_near(logits(loaded(fog(), context_ids=context)), logits(model(fog(), context_ids=context)), 1e-5)
+    plain = cn_hf.patch_model(MODELS[name](), context_names=["source"])
+    cn_hf.save_pretrained(plain, tmp_path)  # over the other
+    assert not (tmp_path / "context_moments.safetensors").exists()
+    assert cn_hf.from_pretrained(tmp_path).router.moments == {}
+
+
+@pytest.mark.parametrize("damage", [b"", b"more"])
+def test_damaged_moments_are_an_error(damage: bytes, tmp_path: Path) -> None:
+    cn_hf.save_pretrained(cn_hf.adapt(MODELS["timm resnet"](), {"fog": fog()}), tmp_path)
+    file = tmp_path / "context_moments.safetensors"
+    file.write_bytes(file.read_bytes() + damage if damage else b"")
+    with pytest.raises(CnHfError, match=r"context_moments\.safetensors"):
+        cn_hf.from_pretrained(tmp_path)
 
 
 def test_what_the_model_had_stays_bit_for_bit() -> None:

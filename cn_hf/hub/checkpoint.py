@@ -36,6 +36,7 @@ from cn_hf.hub.description import (
     read_description,
 )
 from cn_hf.hub.fitting import check_plan, check_tensors, context_tensors, patch_as_saved, tied_names
+from cn_hf.hub.moments import MOMENTS_FILE
 from cn_hf.hub.preprocessing import known_labels, restore_preprocessing
 from cn_hf.hub.repository import HubOptions, checkpoint_folder, upload
 from cn_hf.hub.saving import check_savable, origin_of, write_description, writing_to
@@ -59,7 +60,8 @@ from cn_hf.patching.routing import RoutedModel, router_of
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 OWN_FILES = (
-    WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, CONFIG_FILE, f"{SOURCE_FOLDER}/*",
+    WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, MOMENTS_FILE, CONFIG_FILE,
+    f"{SOURCE_FOLDER}/*",
 )  # fmt: skip
 """Patterns of the files that make a checkpoint: a new one replaces them all."""
 

@@ -17,6 +17,7 @@ from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
 from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
 from cn_hf.files import read_description as read_json
 from cn_hf.files import sha256_of, write_json
+from cn_hf.hub.moments import MOMENTS_FILE, read_moments
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
 from cn_hf.patching.inference import check_channels, check_fits, per_channel
@@ -58,6 +59,7 @@ class Description:
         weights: SHA-256 by file name.
         context_source: a context source is in ``context_source/``.
         context_source_sha256: of its JSON, which has the checksum of its tensors.
+        context_moments_sha256: of ``context_moments.safetensors``, the moments of the slots' inputs; None without it.
         pixel_mean: what was subtracted from pixels in 0..1 before they reach the model, one a channel.
         pixel_std: what they were divided by.
         task: what the model was trained for, as transformers' pipelines call it; None if nobody said.
@@ -70,6 +72,7 @@ class Description:
     weights: dict[str, str]
     context_source: bool = False
     context_source_sha256: str | None = None
+    context_moments_sha256: str | None = None
     pixel_mean: tuple[float, ...] = (0.0,)
     pixel_std: tuple[float, ...] = (1.0,)
     task: str | None = None
@@ -83,7 +86,7 @@ class Description:
         for flag in ("norms_only", "context_source"):
             if not isinstance(getattr(self, flag), bool):
                 raise ConfigError(f"Expected true or false as {flag}, received {getattr(self, flag)!r}")
-        for text in ("base_fingerprint", "context_source_sha256"):
+        for text in ("base_fingerprint", "context_source_sha256", "context_moments_sha256"):
             if not isinstance(getattr(self, text), (str, type(None))):
                 raise ConfigError(f"Expected a checksum or nothing as {text}, received {getattr(self, text)!r}")
         per_channel("mean", self.pixel_mean)
@@ -109,7 +112,8 @@ class Description:
 
     def files(self) -> list[str]:
         """Patterns of all files of the checkpoint but this one, relative to its folder."""
-        return ["*.json", f"{SOURCE_FOLDER}/*", *self.weights]
+        moments = [] if self.context_moments_sha256 is None else [MOMENTS_FILE]
+        return ["*.json", f"{SOURCE_FOLDER}/*", *moments, *self.weights]
 
 
 def read_description(path: Path) -> Description:
@@ -153,7 +157,7 @@ def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextS
 
 
 def attach_source(model: nn.Module, folder: Path, description: Description) -> None:
-    """Give a loaded model what its checkpoint says of the pixels it wants, and its context source.
+    """Give a loaded model what its checkpoint says of the pixels it wants, its context source and its moments.
 
     A source that cannot be loaded without the user's own code is left out with a warning.
 
@@ -171,6 +175,8 @@ def attach_source(model: nn.Module, folder: Path, description: Description) -> N
     router.pixel_mean, router.pixel_std = description.pixel_mean, description.pixel_std
     router.task = description.task
     router.source = cast(ContextSourceLike | None, source)
+    if description.context_moments_sha256 is not None:
+        router.moments = read_moments(model, folder, description.context_moments_sha256)
 
 
 def _source(folder: Path, description: Description) -> ContextSource | None:

@@ -18,6 +18,7 @@ from cn_hf.files import sha256_of
 from cn_hf.hub.base_model import describe_base
 from cn_hf.hub.base_weights import base_fingerprint, base_origin
 from cn_hf.hub.description import SOURCE_FOLDER, Description, context_source_of
+from cn_hf.hub.moments import write_moments
 from cn_hf.hub.weights import checksums, weights_in
 from cn_hf.patching.routing import router_of
 
@@ -100,7 +101,7 @@ def write_description(
     source: ContextSource | None,
     norms_only: bool,
 ) -> None:
-    """Write ``context_norm.json`` and the context source beside the weights ``names`` in ``path``."""
+    """Write ``context_norm.json``, the context source and the moments beside the weights ``names`` in ``path``."""
     router = router_of(model)
     if source is not None:
         source.save(path / SOURCE_FOLDER)
@@ -112,6 +113,7 @@ def write_description(
         weights=checksums(path, names),
         context_source=source is not None,
         context_source_sha256=None if source is None else sha256_of(path / SOURCE_FOLDER / SOURCE_FILE),
+        context_moments_sha256=write_moments(model, path),
         pixel_mean=router.pixel_mean,
         pixel_std=router.pixel_std,
         task=router.task,

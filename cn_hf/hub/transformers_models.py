@@ -332,6 +332,7 @@ def _described(path: Any, hub: Mapping[str, Any], *, whole: bool) -> tuple[Path,
     from huggingface_hub.errors import EntryNotFoundError
 
     from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, read_description  # brings datasets with it
+    from cn_hf.hub.moments import MOMENTS_FILE
     from cn_hf.hub.repository import HubOptions, checkpoint_folder
     from cn_hf.hub.weights import check_weights, read_header
 
@@ -341,7 +342,7 @@ def _described(path: Any, hub: Mapping[str, Any], *, whole: bool) -> tuple[Path,
             path,
             options,
             description_file=CONFIG_FILE,
-            files_of=lambda file: read_description(file).files() if whole else [f"{SOURCE_FOLDER}/*"],
+            files_of=lambda file: read_description(file).files() if whole else [f"{SOURCE_FOLDER}/*", MOMENTS_FILE],
         )
     except CheckpointError as error:
         if not isinstance(error.__cause__, EntryNotFoundError):
