@@ -23,7 +23,7 @@ from cn_hf.norm.em import Mixture, fit_mixture, log_posteriors, seed_mixture
 
 __all__ = ["Clustering", "assign", "fit_gaussians", "fit_k_means", "principal_components", "project"]
 
-_START_VECTORS, _START_ITERATIONS = 1024, 25
+_START_VECTORS, _START_ITERATIONS, _FINALISTS = 2048, 30, 3
 _MORE_VECTORS = 8192
 _PART_ELEMENTS = 2**26  # 256 MiB in float32, which bounds the parts where images are large
 _CHUNK_ELEMENTS = 2**20  # 4 MiB in float32: a chunk and what is made of it stay near a CPU's cache
@@ -50,8 +50,8 @@ def fit_gaussians(
 ) -> Clustering:
     """Fit a mixture of diagonal Gaussians by expectation maximisation.
 
-    EM starts ``n_init`` times from k-means++ on a few of the vectors. The start with the greatest likelihood, among
-    those none of whose components is empty, goes on with more of them, and then with all.
+    EM starts ``n_init`` times from k-means++ on a few of the vectors. The two with the greatest likelihood, those
+    without empty components first, and k-means' centres go on with more of them, and the likeliest of these with all.
 
     Args:
         x: float32 ``(N, F)``.
@@ -88,10 +88,15 @@ def fit_gaussians(
         return bool(sizes.min() > 0), level if math.isfinite(level) else -math.inf
 
     seeded = [seed_mixture(few, num_components, seed=each, reg_covar=reg_covar) for each in seeds]
-    best = max((fitted(few, start, _START_ITERATIONS, 10 * tol) for start in seeded), key=rank)
-    if 2 * len(more) < len(x):
-        best = fitted(more, best, max_iterations, tol)
-    return _clustering(fitted(x, best, max_iterations, tol))
+    started = sorted((fitted(few, start, _START_ITERATIONS, tol) for start in seeded), key=rank, reverse=True)
+    centers = fit_k_means(few.clone(), num_components, seed=seed, n_init=n_init, max_iterations=100, tol=1e-4).mean.to(
+        x
+    )
+    var, prior = few.var(dim=0, correction=0).expand_as(centers) + reg_covar, centers.new_ones(num_components)
+    from_k_means = Mixture(centers, var, prior / num_components, centers.new_zeros(()), 0)
+    finalists = [*started[: _FINALISTS - 1], from_k_means]
+    best = max((fitted(more, start, max_iterations, tol) for start in finalists), key=rank)
+    return _clustering(best if more is x else fitted(x, best, max_iterations, tol))
 
 
 def _clustering(mixture: Mixture) -> Clustering:

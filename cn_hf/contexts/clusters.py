@@ -169,7 +169,7 @@ class ClusterContexts(ImageContextSource):
         decode_size: int | Sequence[int] | None = None,
         names: Sequence[str] | None = None,
         seed: int = 0,
-        n_init: int = 4,
+        n_init: int = 8,
         max_iterations: int = 100,
         tol: float = 1e-3,
         reg_covar: float | None = None,
@@ -356,7 +356,8 @@ class ClusterContexts(ImageContextSource):
             clustering = fit_gaussians(x, options.num_contexts, tol=options.tol, reg_covar=reg_covar, **common)
         else:
             clustering = fit_k_means(x, options.num_contexts, tol=options.tol, **common)
-        if not math.isfinite(clustering.objective):
+        normal = clustering.var is None or bool((clustering.var >= torch.finfo(torch.float32).tiny).all())
+        if not (normal and math.isfinite(clustering.objective)):
             raise ContextSourceError(f"The fit has left the range of float32; raise reg_covar ({reg_covar:g}).")
         sizes = tuple(assign(x, clustering).bincount(minlength=options.num_contexts).tolist())
         name = self.names[sizes.index(min(sizes))]
