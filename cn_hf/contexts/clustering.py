@@ -89,9 +89,8 @@ def fit_gaussians(
 
     seeded = [seed_mixture(few, num_components, seed=each, reg_covar=reg_covar) for each in seeds]
     started = sorted((fitted(few, start, _START_ITERATIONS, tol) for start in seeded), key=rank, reverse=True)
-    centers = fit_k_means(few.clone(), num_components, seed=seed, n_init=n_init, max_iterations=100, tol=1e-4).mean.to(
-        x
-    )
+    k_means = fit_k_means(few.clone(), num_components, seed=seed, n_init=n_init, max_iterations=100, tol=1e-4)
+    centers = k_means.mean.to(x)
     var, prior = few.var(dim=0, correction=0).expand_as(centers) + reg_covar, centers.new_ones(num_components)
     from_k_means = Mixture(centers, var, prior / num_components, centers.new_zeros(()), 0)
     finalists = [*started[: _FINALISTS - 1], from_k_means]
