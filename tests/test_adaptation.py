@@ -23,6 +23,7 @@ from cn_hf.errors import DatasetError, DatasetFileError, InputTypeError
 from cn_hf.patching import measure
 from cn_hf.patching import moments as moments_module
 from cn_hf.patching.batches import Batch
+from cn_hf.patching.calibrate import record_moments
 from cn_hf.patching.moments import Moments, Rows, relative_rows, shrunk_rows
 from cn_hf.reading.images import to_array
 
@@ -213,6 +214,18 @@ def test_moments_are_kept_so_that_no_reference_is_needed_again() -> None:
     cn_hf.adapt(model, {"fog": fog()}, reference="night")
     with pytest.raises(PatchError, match="reference images"):
         cn_hf.adapt(cn_hf.patch_model(vit(), context_names=["source"]), {"fog": fog()})
+
+
+def test_recorded_moments_are_those_of_the_inputs() -> None:
+    model = cn_hf.patch_model(vit(), context_names=["day", "night"])
+    again = copy.deepcopy(model)
+    record_moments(model, {"day": source(), "night": [fog(), fog() + 1]})
+    cn_hf.adapt(model, {"rain": fog() * 2}, reference="night")
+    cn_hf.adapt(again, {"rain": fog() * 2}, reference={"night": torch.cat([fog(), fog() + 1])})
+    for context in ("day", "rain"):
+        assert_near(model(fog(), context_ids=context), again(fog(), context_ids=context), 1e-5)
+    with pytest.raises(ContextIdError, match="one context a sample"):
+        record_moments(model, [(fog(2), torch.full((2, 3), 1 / 3))])
 
 
 def resaved(model: nn.Module, folder: Path, norms_only: bool) -> nn.Module:

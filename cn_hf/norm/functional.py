@@ -248,7 +248,9 @@ def scale_rows(
     standardize: Standardization | None = None,
 ) -> Tensor:
     """``normalize_rows`` with ``scale``, the weight over ``sqrt(var + eps)``, already computed."""
-    offset = None if bias is None else bias.to(scale.dtype).unsqueeze(0)
+    offset = None if bias is None else bias.to(scale.dtype)
+    if offset is not None and offset.dim() == 1:
+        offset = offset.unsqueeze(0)
     if standardize is None:
         return shift_scale(x, mean, scale, offset, feature_dim=feature_dim)
     tokens = x if feature_dim == -1 else x.movedim(feature_dim, -1)

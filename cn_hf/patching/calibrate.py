@@ -15,17 +15,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cn_hf.errors import ConfigError, InputTypeError, PatchError
+from cn_hf.errors import ConfigError, ContextIdError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm
 from cn_hf.patching.batches import Batch, HeldBatches, is_batch, merged, read_batches, read_images
 from cn_hf.patching.convert import Slot
-from cn_hf.patching.measure import ONE_PASS, Decide, Measured, calibrated_slots, measure, rows_of, with_one_context
+from cn_hf.patching.measure import (
+    ONE_PASS,
+    Decide,
+    Measured,
+    calibrated_slots,
+    measure,
+    measure_under,
+    rows_of,
+    with_one_context,
+)
 from cn_hf.patching.moments import Moments, Rows, StoredMoments, relative_rows, shrunk_rows
 from cn_hf.patching.reference import Reference, check_amounts, context_index, find_reference
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.routing import router_of
 
-__all__ = ["calibrate", "check_names_to_images", "keep_moments", "measured_contexts", "stored_moments", "warn_of_few"]
+__all__ = [
+    "calibrate",
+    "check_names_to_images",
+    "keep_moments",
+    "measured_contexts",
+    "record_moments",
+    "stored_moments",
+    "warn_of_few",
+]
 
 FEW_IMAGES = 16
 
@@ -94,18 +111,7 @@ def calibrate(
         raise ConfigError(f'Expected contexts=None or "pair", received {contexts!r}.')
     chosen = None if only is None else {context_index(context, config) for context in _listed(only)}
     named = isinstance(batches, Mapping)
-    if named:
-        held = _read_named(cast("Mapping[str, Any]", batches), router, max_images, chosen)
-    else:
-        held = read_batches(
-            batches,
-            num_contexts=config.num_contexts,
-            resolve=lambda ids, size: router.resolve(ids, size, torch.device("cpu")),
-            names=config.context_names,
-            max_images=max_images,
-            pairs_are_contexts=contexts == "pair",
-        )
-        _keep_only(held, chosen)
+    held = _read(batches, router, max_images, chosen, pairs_are_contexts=contexts == "pair")
     relative = named or reference is not None or prior > 0
     found = find_reference(model, reference, max_images) if relative else None
     seen = _measure_soft(model, held, found, prior) if held.soft else measured_contexts(model, held.hard, found, prior)
@@ -131,6 +137,23 @@ def _listed(only: Any) -> list[Any]:
     if not isinstance(only, Iterable):
         raise InputTypeError(f"Expected only as names or ids of contexts, received {only!r}.")
     return list(only)
+
+
+def _read(
+    batches: Any, router: ContextRouter, max_images: int, chosen: set[int] | None, *, pairs_are_contexts: bool
+) -> HeldBatches:
+    if isinstance(batches, Mapping):
+        return _read_named(batches, router, max_images, chosen)
+    held = read_batches(
+        batches,
+        num_contexts=router.config.num_contexts,
+        resolve=lambda ids, size: router.resolve(ids, size, torch.device("cpu")),
+        names=router.config.context_names,
+        max_images=max_images,
+        pairs_are_contexts=pairs_are_contexts,
+    )
+    _keep_only(held, chosen)
+    return held
 
 
 def _read_named(
@@ -168,6 +191,39 @@ def _keep_only(held: HeldBatches, chosen: set[int] | None) -> None:
     held.soft = [(batch, weights) for batch, weights in held.soft if batch.size]
     if not held.hard and not held.soft:
         raise PatchError("calibrate received batches, but not one sample in them.")
+
+
+def record_moments(model: nn.Module, batches: Iterable[Any] | Mapping[str, Any], *, max_images: int = 512) -> None:
+    """Keep the moments of contexts' real inputs beside a trained model; its statistics stay as they are.
+
+    New contexts are then measured relative to them without reference images (see ``calibrate``). Call it once training
+    is over: moments of a network that is trained further are out of date.
+
+    Args:
+        model: a patched model of a cn mode or ``"dsbn"``.
+        batches: as of ``calibrate``, with hard contexts.
+        max_images: of each context, the first ones.
+
+    Raises:
+        ContextIdError: a batch has no ids, invalid ones, or weights.
+        PatchError: the model is not patched, or with a baseline; or the data holds no sample.
+        DatasetError: there is no image of a name, or a pixel is NaN or infinite.
+        InputTypeError: ``batches`` is nothing of that kind. Whatever the error, the model is unchanged.
+    """
+    router, slots = router_of(model), calibrated_slots(model)
+    check_amounts(0, max_images)
+    held = _read(batches, router, max_images, None, pairs_are_contexts=False)
+    if held.soft:
+        raise ContextIdError("Expected one context a sample, received weights. Give ids or names.")
+    own = {name: rows_of(slot) for name, slot in slots.items()}
+    stored = stored_moments(router, slots)
+    for context, images in held.hard.items():
+        one = torch.zeros(1, router.config.num_contexts, dtype=torch.float64)
+        one[0, context] = 1
+        found = measure_under(model, images, {name: rows.weighted(one) for name, rows in own.items()}, one)
+        for name, moments in found.items():
+            stored[name].put(context, moments.rows(), held.images(context))
+    router.moments = stored
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

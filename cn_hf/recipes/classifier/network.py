@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,15 @@ from torch import nn
 import cn_hf
 from cn_hf.data import Batches, PreparedData
 from cn_hf.errors import ConfigError
+from cn_hf.patching.calibrate import record_moments
 from cn_hf.patching.config import BASELINES, CN_MODES, ContextNormConfig
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.router import ContextSourceLike
+from cn_hf.patching.routing import RoutedModel
 from cn_hf.training.config import TrainingConfig
 from cn_hf.training.networks import create_network
 
-__all__ = ["build_classifier", "start_norms"]
+__all__ = ["build_classifier", "keep_moments", "start_norms"]
 
 
 def build_classifier(config: TrainingConfig, data: PreparedData) -> nn.Module:
@@ -69,19 +72,41 @@ def start_norms(model: nn.Module, batches: Batches, config: TrainingConfig) -> b
     fresh = [slot for _, slot in named_slots(model) if _never_saw_data(slot)]
     if config.calibrate == "auto" and not fresh:
         return False
-    whole = copy.copy(batches)
-    whole.num_processes, whole.process_index = 1, 0
-    whole.mixing = None  # statistics of each context are those of its own images
-    whole.set_epoch(0)
-    needed = ("pixel_values", "context_ids")
-    chosen = [
-        {name: batch[name] for name in needed if name in batch}
-        for batch in itertools.islice(whole, config.calibration_batches)
-    ]
+    chosen = list(itertools.islice(_whole_batches(batches), config.calibration_batches))
     # An embedder narrower than the contexts still starts as near to them as it can.
     held = sum(len(batch["pixel_values"]) for batch in chosen)
     cn_hf.calibrate(model, chosen, max_images=max(1, held), approximate=True)
     return True
+
+
+def keep_moments(model: nn.Module, data: PreparedData) -> None:
+    """Let a trained network keep the moments of its contexts, on training images as evaluation prepares them.
+
+    With them ``cn_hf.adapt`` needs no reference images. Every process reads the same images.
+    """
+    if not isinstance(model, RoutedModel) or model.context_config.mode in BASELINES or data.train is None:
+        return
+    batches = copy.copy(data.train)
+    evaluated = data.validation if data.test is None else data.test
+    if evaluated is not None:
+        batches.augment = evaluated.augment
+    first = next(_whole_batches(batches), None)
+    if first is None or "context_ids" not in first or first["context_ids"].is_floating_point():
+        return
+    contexts = model.context_config.num_contexts
+    most = min(512, max(64, 5120 // contexts))
+    enough = -(-most * contexts // batches.batch_size)
+    record_moments(model, itertools.islice(_whole_batches(batches), enough), max_images=most)
+
+
+def _whole_batches(batches: Batches) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the images and contexts of the first epoch's batches, whole on every process."""
+    whole = copy.copy(batches)
+    whole.num_processes, whole.process_index = 1, 0
+    whole.mixing = None  # statistics of each context are those of its own images
+    whole.set_epoch(0)
+    for batch in whole:
+        yield {name: batch[name] for name in ("pixel_values", "context_ids") if name in batch}
 
 
 def _never_saw_data(slot: Any) -> bool:

@@ -18,7 +18,7 @@ from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.recipes.classifier.data import class_counts, load_data
-from cn_hf.recipes.classifier.network import build_classifier
+from cn_hf.recipes.classifier.network import build_classifier, keep_moments
 from cn_hf.recipes.classifier.preview import preview
 from cn_hf.recipes.classifier.results import (
     ClassifierRun,
@@ -112,6 +112,7 @@ def _run(started: StartedRun, recipe: Recipe, model: nn.Module, data: PreparedDa
     config, accelerator, folder = started.config, started.accelerator, started.folder
     name = run_name(config)
     histories = {name: _fit(started, recipe, model, data, name, folder)}
+    keep_moments(model, data)
     baseline: nn.Module | None = None
     if config.baseline:
         plain = config.replace(mode="none", where=(), norm_options={})
