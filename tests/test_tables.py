@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from cn_hf.evaluation import (
     format_runs,
     markdown_table,
     protocol_table,
+    protocol_tables,
     run_environment,
     write_results,
 )
@@ -114,6 +116,42 @@ def test_context_table() -> None:
     )
     with pytest.raises(ConfigError, match="top-3"):
         context_table(report(), k=3)
+
+
+def test_a_run_prints_accuracy_within_each_context() -> None:
+    assert protocol_tables(report(), title="CIFAR") == (
+        protocol_table(report(), title="CIFAR") + "\n\n" + context_table(report())
+    )
+    told = report()
+    without = dataclasses.replace(
+        told, rows=tuple(dataclasses.replace(row, context_samples={}, context_correct={}) for row in told)
+    )
+    assert protocol_tables(without) == protocol_table(without)
+
+
+def test_many_contexts_stand_below_each_other() -> None:
+    names = [f"camera {number}" for number in range(11)]
+    row = ProtocolRow(
+        name="true contexts", kind="true contexts", explanation="told.", num_samples=22, correct={1: 11},
+        context_samples=dict.fromkeys(names, 2), context_correct={1: dict.fromkeys(names, 1)},
+    )  # fmt: skip
+    many = ProtocolReport(rows=(row,), top_k=(1,), context_depends_on_label=None, findings=())
+    lines = context_table(many).splitlines()
+    assert len(lines) == 13
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["top-1, %", "true contexts"]
+    assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == ["camera 10 (n = 2)", "50.00 ± 35.36"]
+
+
+def test_a_report_is_read_from_results() -> None:
+    told = report()
+    for values in (told.to_dict(), {"evaluation": told.to_dict(), "config": {}}):
+        assert ProtocolReport.from_dict(json.loads(json.dumps(values))) == told
+    rows = told.to_dict()["rows"]
+    assert rows[0]["context_top_1"] == {"day": 1.0, "night": pytest.approx(4 / 6), "dusk": None}
+    damaged = [{}, {"evaluation": None}, [], {"rows": [{}], "top_k": [1]}, {"rows": 3, "top_k": [1]}, {"rows": []}]
+    for values in damaged:
+        with pytest.raises(ConfigError, match="Expected"):
+            ProtocolReport.from_dict(values)  # type: ignore[arg-type]
 
 
 def test_comparison_table() -> None:

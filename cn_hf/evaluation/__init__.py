@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         format_runs,
         markdown_table,
         protocol_table,
+        protocol_tables,
         write_results,
     )
 
@@ -36,6 +37,7 @@ _HOMES = {
         "format_runs",
         "markdown_table",
         "protocol_table",
+        "protocol_tables",
         "write_results",
     ),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "plot_protocols",
     "plot_training_curves",
     "protocol_table",
+    "protocol_tables",
     "run_environment",
     "trainer_compute_metrics",
     "write_results",

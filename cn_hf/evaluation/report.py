@@ -81,11 +81,14 @@ class ProtocolRow:
         return standard_error(self.correct[k], self.num_samples) if self.accuracy(k) is not None else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types: the fields, and ``"top_<k>"`` rates; null where not available."""
+        """JSON types: the fields, and the rates ``"top_<k>"`` and, by context, ``"context_top_<k>"``."""
         values = dataclasses.asdict(self)
         values["correct"] = {str(k): count for k, count in self.correct.items()}
         values["context_correct"] = {str(k): dict(counts) for k, counts in self.context_correct.items()}
-        return values | {f"top_{k}": self.accuracy(k) for k in self.correct}
+        for k in self.correct:
+            values[f"top_{k}"] = self.accuracy(k)
+            values[f"context_top_{k}"] = {name: self.accuracy(k, context=name) for name in self.context_samples}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ProtocolRow:
@@ -136,6 +139,37 @@ class ProtocolReport:
             "context_depends_on_label": self.context_depends_on_label,
             "findings": list(self.findings),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ProtocolReport:
+        """Return the report that ``to_dict`` gave, or that of a finished run.
+
+        Args:
+            values: what ``to_dict`` gave, also once it was written as JSON; or the content of a ``results.json``.
+
+        Raises:
+            ConfigError: the values hold no report, or a field is missing.
+
+        Example:
+            >>> report = ProtocolReport.from_dict(json.load(open("run/results.json")))  # doctest: +SKIP
+            >>> report["true contexts"].accuracy(context="night")  # doctest: +SKIP
+            0.91
+        """
+        found = values.get("evaluation", values) if isinstance(values, Mapping) else None
+        if not isinstance(found, Mapping) or "rows" not in found:
+            raise ConfigError(
+                "Expected the content of a run's results.json, or what ProtocolReport.to_dict gave, received values "
+                "without rows of an evaluation. A run without test and validation splits has none."
+            )
+        try:
+            return cls(
+                rows=tuple(ProtocolRow.from_dict(row) for row in found["rows"]),
+                top_k=tuple(int(k) for k in found["top_k"]),
+                context_depends_on_label=found["context_depends_on_label"],
+                findings=tuple(found["findings"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"Expected a report of cn_hf, received one that lacks what it holds: {error!r}.") from error
 
 
 def standard_error(correct: int, num_samples: int) -> float:

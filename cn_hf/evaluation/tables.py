@@ -31,11 +31,13 @@ __all__ = [
     "format_runs",
     "markdown_table",
     "protocol_table",
+    "protocol_tables",
     "write_results",
 ]
 
 SMALL_SAMPLE = 10_000
 """Below so many test samples an accuracy is shown with its binomial standard error."""
+_WIDEST = 10  # contexts that stand side by side
 
 
 def _cell(text: str) -> str:
@@ -110,8 +112,18 @@ def protocol_table(report: ProtocolReport, *, title: str | None = None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def protocol_tables(report: ProtocolReport, *, title: str | None = None) -> str:
+    """Return ``protocol_table`` and, where the test set has contexts, ``context_table`` for the smallest k."""
+    tables = [protocol_table(report, title=title)]
+    if any(row.context_samples for row in report):
+        tables.append(context_table(report, k=min(report.top_k)))
+    return "\n\n".join(tables)
+
+
 def context_table(report: ProtocolReport, *, k: int = 1) -> str:
-    """Top-k accuracy of every row within each context, as Markdown; columns are contexts with their sample counts.
+    """Top-k accuracy of every row within each context, as Markdown, with the contexts' sample counts.
+
+    Contexts are columns; more than ten are rows, and the protocols columns.
 
     Raises:
         ConfigError: the test set had no contexts, or k was not evaluated.
@@ -126,7 +138,10 @@ def context_table(report: ProtocolReport, *, k: int = 1) -> str:
         right = row.context_correct.get(k, {})
         cells = [format_accuracy(right[name], n) if n and name in right else "–" for name, n in counts.items()]
         rows.append([row.name, *cells])
-    return markdown_table([f"top-{k}, %", *(f"{for_markdown(name)} (n = {n})" for name, n in counts.items())], rows)
+    table = [[f"top-{k}, %", *(f"{for_markdown(name)} (n = {n})" for name, n in counts.items())], *rows]
+    if len(counts) > _WIDEST:
+        table = [list(column) for column in zip(*table, strict=True)]
+    return markdown_table(table[0], table[1:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

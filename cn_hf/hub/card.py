@@ -23,7 +23,7 @@ from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import router_of
 from cn_hf.printing import as_code, for_markdown, for_terminal
 
-__all__ = ["checkpoint_card", "run_card"]
+__all__ = ["checkpoint_card", "context_counts", "run_card"]
 
 PAPER = "https://hal.science/hal-04456071"
 MODES = {
@@ -257,15 +257,39 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     for row in evaluation["rows"]:
         cells = [_percent(row, k) for k in ks]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['num_samples']:,} |")
+    lines += _within_contexts(evaluation)
     missing = [f"- {row['name']}: {row['unavailable']}" for row in evaluation["rows"] if row.get("unavailable")]
     findings = results.get("findings") or evaluation["findings"]
     return [*lines, "", *missing, *([""] if missing else []), *(f"- {for_markdown(text)}" for text in findings)]
 
 
+def _within_contexts(evaluation: Mapping[str, Any]) -> list[str]:
+    """Accuracy of every row within each context, a line a context; nothing where the test set has none."""
+    k = min(evaluation["top_k"])
+    found = {row["name"]: counts for row in evaluation["rows"] if (counts := context_counts(row, k))}
+    if not found:
+        return []
+    lines = ["", f"Within each context, top-{k}, %:", "", f"| context | {' | '.join(found)} |"]
+    lines.append(f"|---|{'--:|' * len(found)}")
+    contexts = list(next(iter(found.values())).items())
+    for name, (_, n) in contexts[:MANY]:
+        lines.append(
+            f"| {for_markdown(name)} (n = {n:,}) | {' | '.join(_rate(*counts[name]) for counts in found.values())} |"
+        )
+    return lines if len(contexts) <= MANY else [*lines, "", f"and {len(contexts) - MANY} contexts more."]
+
+
+def context_counts(row: Mapping[str, Any], k: int) -> dict[str, tuple[int, int]]:
+    """Return (right among the k best, samples) of each context that has samples, from a row of ``results.json``."""
+    right = row.get("context_correct", {}).get(str(k), {})
+    return {name: (right[name], n) for name, n in row.get("context_samples", {}).items() if n and name in right}
+
+
 def _percent(row: Mapping[str, Any], k: int) -> str:
-    if row.get("unavailable"):
-        return "–"
-    correct, n = row["correct"][str(k)], row["num_samples"]
+    return "–" if row.get("unavailable") else _rate(row["correct"][str(k)], row["num_samples"])
+
+
+def _rate(correct: int, n: int) -> str:
     p = correct / n
     return f"{100 * p:.2f}" + (f" ± {100 * (p * (1 - p) / n) ** 0.5:.2f}" if 0 < correct < n else "")
 

@@ -12,6 +12,7 @@ from cn_hf.errors import CheckpointError
 from cn_hf.files import read_json
 from cn_hf.hub.base_model import build_patched
 from cn_hf.hub.bounds import weights_of
+from cn_hf.hub.card import MANY, context_counts
 from cn_hf.hub.description import CONFIG_FILE, SOURCE_FOLDER, Description, described, read_description
 from cn_hf.hub.fitting import check_plan
 from cn_hf.hub.publish import RESULTS, SIAMESE, kind_of_run, read_results
@@ -149,5 +150,10 @@ def _protocols(results: Mapping[str, Any]) -> list[str]:
             if not row.get("unavailable")
             else ["not available"]
         )
+        within = context_counts(row, min(evaluation["top_k"]))
+        parts = [f"{name} {100 * right / n:.2f} %" for name, (right, n) in within.items()]
+        more = [f"and {len(parts) - MANY} more"] if len(parts) > MANY else []
+        if parts:
+            rates.append(f"by context: {', '.join([*parts[:MANY], *more])}")
         lines.append(f"  {row['name'].ljust(width)}  {', '.join(rates)}")
     return [*lines, *(f"  {text}" for text in evaluation["findings"])]

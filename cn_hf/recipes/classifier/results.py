@@ -18,7 +18,7 @@ from torch import nn
 import cn_hf
 from cn_hf.data import PreparedData
 from cn_hf.errors import CheckpointError
-from cn_hf.evaluation import ProtocolReport, plot_protocols, plot_training_curves, protocol_table, write_results
+from cn_hf.evaluation import ProtocolReport, plot_protocols, plot_training_curves, protocol_tables, write_results
 from cn_hf.evaluation.environment import portable_path
 from cn_hf.files import write_whole
 from cn_hf.hub import save_pretrained
@@ -86,7 +86,7 @@ def write_run(run: ClassifierRun, folder: Path) -> None:
         if isinstance(run.model, transformers.PreTrainedModel):
             save_image_processor(folder / CHECKPOINT, **pixels)
         if run.report is not None:
-            table = protocol_table(run.report, title=run_title(config, data))
+            table = protocol_tables(run.report, title=run_title(config, data))
             write_whole(folder / "table.md", (table + "\n").encode())
             plot_protocols(run.report, folder / "protocols.png", title=run_title(config, data))
         curves = {name: history.to_dict()["epochs"] for name, history in run.histories.items()}

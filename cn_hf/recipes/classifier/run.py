@@ -14,7 +14,7 @@ from torch import nn
 
 from cn_hf.data import PreparedData
 from cn_hf.errors import TrainingError
-from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_table
+from cn_hf.evaluation import ProtocolReport, evaluate_protocols, protocol_tables
 from cn_hf.patching.config import BASELINES
 from cn_hf.patching.routing import RoutedModel
 from cn_hf.recipes.classifier.data import class_counts, load_data
@@ -122,7 +122,7 @@ def _run(started: StartedRun, recipe: Recipe, model: nn.Module, data: PreparedDa
     report = _evaluate(config, recipe, model, baseline, data, accelerator)
     run = ClassifierRun(config=config, model=model, baseline=baseline, data=data, histories=histories, report=report)
     if report is not None:
-        accelerator.print("\n" + protocol_table(report, title=run_title(config, data)))
+        accelerator.print("\n" + protocol_tables(report, title=run_title(config, data)))
     with started.writing() as writes:
         if writes and folder is not None:
             write_run(run, folder)
