@@ -23,6 +23,8 @@ import cn_hf
 from cn_hf.cli import app
 from cn_hf.contexts import BrightnessContexts
 from cn_hf.errors import CheckpointError, ConfigError, ContextIdError, DatasetFileError
+from cn_hf.evaluation import ProtocolReport, context_table
+from cn_hf.hub.card import run_card
 from cn_hf.hub.image_files import read_image
 from cn_hf.hub.inspection import inspect_checkpoint
 from cn_hf.hub.prediction import predict, prediction_lines
@@ -147,6 +149,21 @@ def test_inspect(runs):
     assert "LayerNorm" in inspect_checkpoint(runs["native"] / "checkpoint")
 
 
+@pytest.mark.slow
+def test_accuracy_within_each_context_stands_wherever_a_run_is_told(runs):
+    folder = runs["timm"]
+    results = json.loads((folder / "results.json").read_text())
+    report = ProtocolReport.from_dict(results)
+    day, night = (report["true contexts"].accuracy(context=name) for name in ("day", "night"))
+    told = inspect_checkpoint(folder)
+    assert f"by context: day {100 * day:.2f} %, night {100 * night:.2f} %" in told
+    assert context_table(report) in (folder / "table.md").read_text()
+    card = str(run_card(results, "me/run"))
+    (line,) = [line for line in card.splitlines() if line.startswith("| night (n = 12) |")]
+    assert line.split("|")[2].split()[0] == f"{100 * night:.2f}"
+    assert results["evaluation"]["rows"][0]["context_top_1"] == {"day": day, "night": night}
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(CheckpointError, match="no folder"):
         inspect_checkpoint(tmp_path / "nowhere")
@@ -219,7 +236,7 @@ def test_runs_of_other_kinds_say_what_they_are(tmp_path):
             "held_out_split": "test",
             "networks": {"CN": {"held_out": held_out}},
         },
-        "the demonstration": {"networks": {}, "reloaded": {}, "evaluation": evaluation},
+        "the demonstration": {"accuracy": {"as trained": {"clean": 0.75}}, "accuracy_over_images": {}},
         "a classifier's run": {"evaluation": evaluation, "evaluated_split": "test"},
     }
     for kind, results in kinds.items():
@@ -252,8 +269,8 @@ def test_a_damaged_run_and_leftovers_are_not_published(runs, tmp_path):
     weights = copy / "checkpoint" / "model.safetensors"
     listed = set(run_files(copy, "me/model").files)
     for name in (f".model.safetensors.{'0f' * 16}.tmp", ".writable.1", f".cn_hf-saving-{'0f' * 16}/model.safetensors"):
-        weights.with_name(name).parent.mkdir(exist_ok=True)
-        weights.with_name(name).write_bytes(b"of a killed save")
+        (weights.parent / name).parent.mkdir(exist_ok=True)
+        (weights.parent / name).write_bytes(b"of a killed save")
     assert set(run_files(copy, "me/model").files) == listed
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated, changed"):

@@ -169,7 +169,7 @@ class ProtocolReport:
                 findings=tuple(found["findings"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"Expected a report of cn_hf, received one that lacks what it holds: {error!r}.") from error
+            raise ConfigError(f"Expected a report of cn_hf, received another: {error!r}.") from error
 
 
 def standard_error(correct: int, num_samples: int) -> float:

@@ -121,7 +121,10 @@ def _results(folder: Path) -> str:
     if kind is None:
         raise CheckpointError(f"{file} is no results file of a run that cn_hf knows. Move it elsewhere.")
     try:
-        lines = _verification(results) if kind == SIAMESE else _protocols(results)
+        if kind == SIAMESE:
+            lines = _verification(results)
+        else:
+            lines = _domains(results) if "accuracy_over_images" in results else _protocols(results)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is no results file of cn_hf: {error!r}.") from error
     return "\n".join([f"run: {kind}", *lines])
@@ -135,6 +138,14 @@ def _verification(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  {group}: accuracy {100 * found['correct'] / found['pairs']:.2f} %{area}, {found['pairs']} pairs"
         )
+    return lines
+
+
+def _domains(results: Mapping[str, Any]) -> list[str]:
+    lines = ["accuracy in each domain:"]
+    width = max(map(len, results["accuracy"]))
+    for row, rates in results["accuracy"].items():
+        lines.append(f"  {row.ljust(width)}  {', '.join(f'{name} {100 * rate:.2f} %' for name, rate in rates.items())}")
     return lines
 
 

@@ -103,6 +103,8 @@ def read_results(file: Path) -> dict[str, Any]:
 
 def kind_of_run(results: Mapping[str, Any]) -> str | None:
     """Say in words which kind of run wrote these results; None for those of no kind that cn_hf knows."""
+    if "accuracy_over_images" in results:
+        return DEMO
     if "networks" in results:
         return SIAMESE if "held_out_split" in results else DEMO if "reloaded" in results else None
     return CLASSIFIER if "evaluation" in results else None
