@@ -406,7 +406,8 @@ def _state(model: nn.Module) -> tuple[object, ...]:
         if isinstance(module, cn_hf.ContextNorm)
     ]
     flags = [module.training for module in model.modules()]
-    return router.config, router.source, router.pixel_mean, router.pixel_std, router.ids, router.default, layers, flags
+    running = router.calls.running.get(), router.calls.blocks.get(), router.observer
+    return router.config, router.source, router.pixel_mean, router.pixel_std, *running, layers, flags
 
 
 def _mixed_state_model() -> nn.Module:

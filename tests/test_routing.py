@@ -628,9 +628,19 @@ def test_predict_looks_at_the_images_wherever_they_are_among_the_arguments(order
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_predict_with_statistics_of_other_channels_is_an_error(name: str) -> None:
-    model = cn_hf.set_inference(patched(), "predict", source=Brightness(), **{name: (0.5, 0.5)})
+    model = patched()
+    before = model.router.config, model.router.source, model.router.pixel_mean, model.router.pixel_std
+    with pytest.raises(ConfigError, match=rf"Expected 1 or 3 values of {name}, received 2"):
+        cn_hf.set_inference(model, "predict", source=Brightness(), **{name: (0.5, 0.5)})
+    assert (model.router.config, model.router.source, model.router.pixel_mean, model.router.pixel_std) == before
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_statistics_of_other_channels_than_the_images_are_an_error(name: str) -> None:
+    model = cn_hf.patch_model(nn.Sequential(nn.BatchNorm2d(3)), "cn-channels")  # nothing says how many it takes
+    cn_hf.set_inference(model, "predict", source=Brightness(), **{name: (0.5, 0.5)})
     with pytest.raises(ConfigError, match=rf"pixel {name} has 2 values for images of 3 channels"):
-        model(images())
+        model.eval()(images())
 
 
 def test_a_predict_that_names_no_context_is_an_error() -> None:

@@ -130,10 +130,11 @@ def predicted(
         explanation="no contexts given; the fitted context source names the context of each image.",
     )
     try:
-        set_inference(network, "predict", source=source, mean=mean, std=std)
+        set_inference(network, "predict", source=source)
     except (ConfigError, ContextSourceError) as error:
         protocol.unavailable = str(error)
         return protocol
+    set_inference(network, "predict", mean=mean, std=std)  # wrong ones are the caller's error
 
     def scores(batch: Batch) -> Tensor:
         _check_pixels(network, batch.images)

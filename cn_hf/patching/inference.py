@@ -113,7 +113,8 @@ def check_channels(model: Any, mean: Sequence[float], std: Sequence[float]) -> N
     known = {count for count in (*counts, getattr(first, "in_channels", None)) if isinstance(count, int)}
     for name, values in (("mean", mean), ("std", std)):
         if known and len(values) not in known | {1}:
-            raise ConfigError(f"{name} has {len(values)} values, the model takes images of {max(known)} channels.")
+            expected = " or ".join(str(count) for count in sorted(known | {1}))
+            raise ConfigError(f"Expected {expected} values of {name}, received {len(values)}. Give one per channel.")
 
 
 def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
