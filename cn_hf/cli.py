@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 import cn_hf
+from cn_hf.adaptation.command import adapt
 from cn_hf.errors import CnHfError
+from cn_hf.evaluation.command import evaluate
 from cn_hf.experiments.command import cards, reproduce
 from cn_hf.hub.command import inspect, predict, push
 from cn_hf.hub.restyle_command import restyle
@@ -98,7 +100,7 @@ def demo(
 
 for name, training in TRAINING.items():
     app.command(name, help=training.help)(training.command())
-for command in (reproduce, cards, push, inspect, predict, restyle):
+for command in (evaluate, adapt, predict, inspect, push, restyle, reproduce, cards):
     app.command()(command)
 
 

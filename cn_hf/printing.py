@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["as_code", "for_markdown", "for_terminal"]
+__all__ = ["as_code", "for_markdown", "for_terminal", "plain_warnings"]
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also those that turn the writing), surrogates, newlines
 _JOINERS = "\u200c\u200d"  # parts of words in Persian and Hindi, and of emoji
@@ -34,3 +39,15 @@ def as_code(text: object) -> str:
         return f"`{shown}`"
     fence = "`" * (1 + max(map(len, re.findall("`+", shown))))
     return f"{fence} {shown} {fence}"
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings of the block as ``warning: ...`` on stderr, without the line of code that they come from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {for_terminal(message)}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

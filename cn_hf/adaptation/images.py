@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cn_hf.errors import DatasetError, DatasetFileError, InputTypeError
-from cn_hf.reading.images import DECODE_ERRORS, find_image_column, to_image
+from cn_hf.hub.image_files import read_image
+from cn_hf.reading.images import find_image_column, to_image
 
 __all__ = ["Preprocess", "image_files", "model_inputs"]
 
@@ -98,17 +99,7 @@ def _is_image(value: Any) -> bool:
 
 def _opened(images: Iterable[Any]) -> Iterator[PIL.Image.Image]:
     for image in images:
-        if isinstance(image, PIL.Image.Image):
-            yield image
-            continue
-        try:
-            with PIL.Image.open(image) as opened:
-                opened.load()
-                yield opened
-        except DECODE_ERRORS as error:
-            raise DatasetFileError(
-                f"{image} cannot be read as an image ({error}). Repair it or leave it out."
-            ) from error
+        yield image if isinstance(image, PIL.Image.Image) else read_image(Path(image))
 
 
 def _of_dataset(dataset: Any, max_images: int) -> Iterator[PIL.Image.Image]:

@@ -36,7 +36,7 @@ from cn_hf.patching.patch import context_parameters, own_slots
 from cn_hf.patching.reference import Reference, check_amounts, context_index, find_reference
 from cn_hf.patching.routing import router_of
 
-__all__ = ["add_contexts", "remove_contexts", "train_only_contexts"]
+__all__ = ["add_contexts", "add_known_context", "remove_contexts", "train_only_contexts"]
 
 Grown: TypeAlias = ContextNorm | DomainBatchNorm
 Plan: TypeAlias = list[tuple[Grown, dict[str, Tensor]]]
@@ -122,9 +122,52 @@ def add_contexts(
         (norm, _with_measured(norm, tensors, rows, measured.contexts))
         for (norm, tensors), rows in zip(plan, measured.rows, strict=True)
     ]
-    if grown.parametrization == "embedder" and grown.mode != "dsbn":
-        grown = grown.replace(embedding_dim=cast(int, _width(norms, grown)) + count)
-    _commit(model, plan, grown, measured.moments)
+    _commit(model, plan, _wider(grown, norms, count), measured.moments)
+    return model
+
+
+def add_known_context(
+    model: nn.Module,
+    name: str,
+    rows: Mapping[str, Rows],
+    *,
+    affine: Mapping[str, Mapping[str, Tensor]] | None = None,
+    moments: Mapping[str, Rows] | None = None,
+    images: float = 0,
+) -> nn.Module:
+    """Give a patched model one more context whose statistics are known, in place; see ``add_contexts``.
+
+    Args:
+        model: a patched model of a mode with contexts.
+        name: of the new context.
+        rows: its statistics at each slot, by slot name, ``(1, C)``.
+        affine: ``weight`` and ``bias`` of the slots (``"dsbn"``), ``(1, C)``; None for the mean of all contexts'.
+        moments: of its real inputs at each slot, ``(1, C)``; they are kept beside the model.
+        images: how many images ``moments`` were measured on.
+
+    Raises:
+        ConfigError: the name is taken, or the model's contexts have no names.
+        PatchError: the model is not patched, or with a baseline, or has other slots. Whatever the error, the model is
+            unchanged.
+    """
+    config, norms = _contexts_of(model)
+    slots, new = calibrated_slots(model), config.num_contexts
+    known = {slot: tuple(row.mean.shape) for slot, row in rows.items()}
+    if known != {slot: (1, part.normalizer.num_features) for slot, part in slots.items()}:
+        raise PatchError(
+            f"Expected statistics of the model's {len(slots)} slots, received those of {len(known)} slots of another "
+            "model, or of other widths. Add a context to the model that it was measured in."
+        )
+    _, names = _new_names(name, config.context_names)
+    grown = _resized(config, norms, new + 1, (*cast("tuple[str, ...]", config.context_names), *names))
+    plan: Plan = []
+    for (norm, tensors), slot in zip(_started(norms, _start(None, config), 1), slots, strict=True):
+        own = {part: _ending_in(tensors[part], value) for part, value in (affine or {}).get(slot, {}).items()}
+        plan.append((norm, _with_measured(norm, tensors | own, rows[slot], [new])))
+    kept = {slot: stored.grown(1) for slot, stored in stored_moments(router_of(model), slots).items()}
+    for slot, row in (moments or {}).items():
+        kept[slot].put(new, row, images)
+    _commit(model, plan, _wider(grown, norms, 1), kept)
     return model
 
 
@@ -393,6 +436,13 @@ def _with_measured(norm: Grown, tensors: dict[str, Tensor], rows: Rows, new: lis
 
 def _width(norms: list[Grown], config: ContextNormConfig) -> int | None:
     return next((norm.embedding_dim for norm in norms if isinstance(norm, ContextNorm)), config.embedding_dim)
+
+
+def _wider(config: ContextNormConfig, norms: list[Grown], count: int) -> ContextNormConfig:
+    """Return the config once an embedder has a dimension more for each measured context."""
+    if config.parametrization != "embedder" or config.mode == "dsbn":
+        return config
+    return config.replace(embedding_dim=cast(int, _width(norms, config)) + count)
 
 
 def _ending_in(table: Tensor, rows: Tensor) -> Tensor:

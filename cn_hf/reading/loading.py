@@ -30,6 +30,7 @@ __all__ = [
     "find_label_column",
     "label_columns",
     "label_names",
+    "load_split",
     "load_splits",
     "read_context_ids",
     "read_labels",
@@ -105,6 +106,24 @@ def load_splits(
             splits[role] = take_shuffled(splits[role], limit, seed)
     container = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
     return container(splits)
+
+
+def load_split(path_or_id: str | Path, split: str | None = None, *, default: str = "test") -> AnyDataset:
+    """Load one split of a dataset.
+
+    Args:
+        path_or_id: See ``load_splits``.
+        split: Its name or a slice such as ``"test[:10%]"``; None for ``default``, or for the only one there is.
+        default: See ``split``.
+
+    Raises:
+        DatasetFileError: There is no such folder or Hub dataset, or it cannot be read.
+        DatasetError: The dataset lacks the split.
+    """
+    available = _load(path_or_id, name=None, streaming=False, revision=None, cache_dir=None)
+    if split is None:
+        split = next(iter(available)) if len(available) == 1 else default
+    return _pick(available, split, str(path_or_id), False)
 
 
 def take_shuffled(dataset: AnyDataset, count: int, seed: int) -> AnyDataset:
