@@ -53,7 +53,7 @@ def with_local_data(text: str, local_data: dict[str, str]) -> str:
 def test_python_blocks(local_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks("python")
-    assert len(found) == 5
+    assert len(found) == 6
     namespace: dict[str, object] = {}
     for block in found:
         exec(compile(with_local_data(block, local_data), "README.md", "exec"), namespace)
@@ -64,7 +64,7 @@ def test_python_blocks(local_data, tmp_path, monkeypatch):
 
 
 def test_training_and_hub_blocks(local_data, tmp_path):
-    demo, tests, training, _, _, hub = blocks("bash")
+    demo, tests, training, hub, _, _ = blocks("bash")
     assert "cn-hf demo" in demo
     assert "pytest" in tests
     command = with_local_data(training, local_data)
@@ -110,7 +110,7 @@ def test_day_for_night_block(tmp_path):
     for split in ("train", "test"):
         data.to_parquet(tmp_path / "places" / "data" / f"{split}-00000-of-00001.parquet")
     PIL.Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
-    training, restyling = blocks("bash")[4].splitlines()
+    training, restyling = blocks("bash")[5].splitlines()
     training = training.replace("FOLDER", str(tmp_path / "places"))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     for command in (f"{training} --epochs 2 --image-size 32 --batch-size 12 --no-progress", restyling):
@@ -126,7 +126,7 @@ def test_day_for_night_block(tmp_path):
 
 
 def test_reproduce_block(tmp_path):
-    program, *arguments = blocks("bash")[3].split("#")[0].split()
+    program, *arguments = blocks("bash")[4].split("#")[0].split()
     assert program == "cn-hf"
     run = subprocess.run(
         [sys.executable, "-m", "cn_hf.cli", *arguments, "--list"],  # what it would run; test_experiments_runs runs some
