@@ -160,6 +160,19 @@ def test_config_alone_builds_a_patched_model(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(fresh, "day"), logits(fresh, "night"))  # untrained: contexts are alike
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_config_class_takes_what_to_dict_gives(kind: str, tmp_path: Path) -> None:
+    trained(kind).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
+    again = type(config)(**config.to_diff_dict(), attn_implementation="eager")
+    assert again._attn_implementation == "eager"
+    assert again.context_norm == config.context_norm
+    assert again.context_norm_plain().to_diff_dict() == config.context_norm_plain().to_diff_dict()
+    with pytest.raises(CheckpointError, match="does not describe"):
+        type(config)(**{**config.to_dict(), "context_norm": {}})
+
+
 @pytest.mark.parametrize("where", ["norms", ["vit.layernorm", r".*layers\.\d\.layernorm_before"], ["layernorm_after"]])
 def test_base_model_and_task_model_load_each_others_checkpoints(where: Any, tmp_path: Path) -> None:
     model = trained(mode="cn-patches", where=where)

@@ -25,6 +25,7 @@ __all__ = ["MODEL_TYPE", "ContextConfig", "context_config", "written_config"]
 MODEL_TYPE = "context_norm"
 FORMAT = 1  # raised when a release can no longer be read by the ones before
 PREFIX = "ContextNorm"  # of architectures' names in files: no class of transformers may be taken for ours
+WRITTEN = ("architectures", "model_type", "base_model_type", "transformers_version", "context_norm", "base_config")
 GUARD = "this model has context normalization: import cn_hf and load it with an Auto class or cn_hf.from_pretrained"
 
 
@@ -42,6 +43,17 @@ class ContextConfig:
     context_norm_base: ClassVar[Any]
     context_norm_architecture: ClassVar[str]
     context_norm: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        """Take values as the base's class does, or all that ``to_dict`` gives."""
+        if "base_config" not in values:
+            self.context_norm_base.__init__(self, *args, **values)
+            return
+        _, _, base, description = _read_values(values)
+        others = {name: value for name, value in values.items() if name not in WRITTEN and value != GUARD}
+        self.context_norm_base.__init__(self, **base | others)
+        self.context_norm = description
+        self.architectures = [PREFIX + self.context_norm_architecture]
 
     def context_norm_plain(self) -> Any:
         """The base model's own config."""
@@ -99,6 +111,7 @@ class ContextConfig:
 def context_config(base: Any, architecture: str) -> Any:
     """The subclass of the config class ``base`` for patched models of one architecture."""
     namespace = {"__module__": __name__, "__doc__": ContextConfig.__doc__, "context_norm_base": base}
+    namespace["__init__"] = ContextConfig.__init__  # transformers gives a class without its own another one
     if not architecture:  # what AutoConfig finds, of which no instance is made
         namespace["model_type"] = MODEL_TYPE
     return type(
