@@ -368,6 +368,11 @@ def test_every_form_of_images_gives_the_same(pictures: tuple[Path, list[PIL.Imag
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_pictures_for_a_model_in_half_precision(pictures: tuple[Path, list[PIL.Image.Image]]) -> None:
+    model = cn_hf.adapt(MODELS["timm resnet"]().bfloat16(), {"dark": pictures[0]})
+    assert model(fog(2).bfloat16(), context_ids="dark").isfinite().all()
+
+
 def test_of_many_images_some_are_taken_evenly(pictures: tuple[Path, list[PIL.Image.Image]]) -> None:
     folder, _ = pictures
     files = sorted(folder.rglob("*.PNG"))

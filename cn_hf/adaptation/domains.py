@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import PIL.Image
+import torch
 from torch import nn
 
 from cn_hf.adaptation.images import model_inputs
@@ -74,7 +76,12 @@ def adapt(
         raise InputTypeError(f"Expected domains as {{name: images}}, received {type(images).__name__}.")
     check_names_to_images(images)
     check_amounts(prior, max_images)
-    preprocess = preprocessing_of(model, image_processor)
+    pixels_of = preprocessing_of(model, image_processor)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def preprocess(pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
+        return pixels_of(pictures).to(dtype)
+
     is_patched = isinstance(model, RoutedModel)
     known = (router_of(model).config.context_names or ()) if is_patched else (SOURCE,)
     start = {
