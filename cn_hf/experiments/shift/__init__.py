@@ -1,0 +1,1 @@
+"""The experiment of new domains: corrupted images, networks, rivals, cells and their report."""
