@@ -205,7 +205,6 @@ def _batch_rows(plan: Plan, network: nn.Module, data: ShiftData, domains: Domain
     adapted = {name: adaptive_batch_norm(network, images) for name, images in domains.unlabelled.items()}
     most = len(domains.unlabelled["clean"])
 
-    @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         with batch_statistics(network):
             logits: Tensor = network(x)

@@ -9,6 +9,7 @@ Shape legend: ``N`` images ``(N, 3, H, W)``, float32 in 0..1, as 8-bit levels at
 
 from __future__ import annotations
 
+import io
 import math
 import zlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from kornia.color import hsv_to_rgb, rgb_to_hsv
 from kornia.filters import filter2d, gaussian_blur2d
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
 
 from cn_hf.errors import ConfigError, nearest
 
@@ -259,14 +260,22 @@ def _read(x: Tensor, places: Tensor) -> Tensor:
 def _pixelate(x: Tensor, level: int, generator: Generator) -> Tensor:
     height, width = x.shape[-2:]
     small, box = (int(width * _PIXELATE[level]), int(height * _PIXELATE[level])), PIL.Image.Resampling.BOX
-    pictures = (x * 255).round().to(torch.uint8).movedim(1, -1).numpy()
-    coarse = [PIL.Image.fromarray(one).resize(small, box).resize((width, height), box) for one in pictures]
-    return torch.from_numpy(np.stack([np.asarray(one) for one in coarse])).movedim(-1, 1).float() / 255
+    return _by_pictures(x, lambda picture: picture.resize(small, box).resize((width, height), box))
 
 
 def _jpeg_compression(x: Tensor, level: int, generator: Generator) -> Tensor:
-    pixels = (x * 255).round().to(torch.uint8)
-    return torch.stack([TF.jpeg(one, _JPEG[level]) for one in pixels]).float() / 255
+    def compressed(picture: PIL.Image.Image) -> PIL.Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=_JPEG[level])
+        return PIL.Image.open(file)
+
+    return _by_pictures(x, compressed)
+
+
+def _by_pictures(x: Tensor, change: Callable[[PIL.Image.Image], PIL.Image.Image]) -> Tensor:
+    pictures = (x * 255).round().to(torch.uint8).movedim(1, -1).numpy()
+    changed = np.stack([np.asarray(change(PIL.Image.fromarray(one))) for one in pictures])
+    return torch.from_numpy(changed).movedim(-1, 1).float() / 255
 
 
 def _saturate(x: Tensor, level: int, generator: Generator) -> Tensor:
@@ -277,7 +286,8 @@ def _saturate(x: Tensor, level: int, generator: Generator) -> Tensor:
 
 
 def _posterize(x: Tensor, level: int, generator: Generator) -> Tensor:
-    return TF.posterize((x * 255).round().to(torch.uint8), _POSTERIZE[level]).float() / 255
+    coarse: Tensor = TF.posterize((x * 255).round().to(torch.uint8), _POSTERIZE[level]).float() / 255
+    return coarse
 
 
 def _inversion(x: Tensor, level: int, generator: Generator) -> Tensor:
@@ -285,7 +295,8 @@ def _inversion(x: Tensor, level: int, generator: Generator) -> Tensor:
 
 
 def _grayscale(x: Tensor, level: int, generator: Generator) -> Tensor:
-    return TF.rgb_to_grayscale(x, num_output_channels=3)
+    grey: Tensor = TF.rgb_to_grayscale(x, num_output_channels=3)
+    return grey
 
 
 CORRUPTIONS: dict[str, Corruption] = {

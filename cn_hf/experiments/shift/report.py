@@ -70,12 +70,13 @@ def findings(rows: Sequence[DomainRow], domains: Domains) -> list[str]:
         f"Known contexts change the accuracy in shifted domains by {100 * gain:+.1f} ± {100 * error:.1f} points "
         "(paired by image)."
     ]
-    helps, lost = [], []
+    lost = []
     for name in domains.test:
         if name == "clean":
             continue
         mean, error = difference(contexts, source, [name])
-        (helps if mean > 2 * error else lost).append(f"{name} ({100 * mean:+.1f} ± {100 * error:.1f})")
+        if mean <= 2 * error:
+            lost.append(f"{name} ({100 * mean:+.1f} ± {100 * error:.1f})")
     if lost:
         sentences.append(f"They do not help, beyond two standard errors, in: {', '.join(lost)}.")
     else:

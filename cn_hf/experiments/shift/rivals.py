@@ -34,6 +34,7 @@ BATCH = 200
 TENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
+@torch.no_grad()
 def stream_row(
     start: Callable[[], Predict],
     domains: Domains,
@@ -144,7 +145,7 @@ def tent(network: nn.Module, learning_rate: float) -> Predict:
     Batch norms take the batch's statistics, and their affine maps make one Adam step a batch.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    weights: list[nn.Parameter] = []
+    weights: list[Tensor] = []
     for norm in network.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.train()

@@ -55,7 +55,7 @@ BUDGETS = {
                 dataset="digits",
                 seed=0,
                 epochs=3,
-                test_images=40,
+                test_images=20,
                 unlabelled=16,
                 counts=(4, 16),
                 priors=(4.0,),
@@ -65,7 +65,7 @@ BUDGETS = {
         seeds=1,
         threads=2,
         is_evidence=False,
-        summary="Handwritten digits of scikit-learn, 40 test images a domain, one source network of 3 epochs.",
+        summary="Handwritten digits of scikit-learn, 20 test images a domain, one source network of 3 epochs.",
     ),
     "small": Budget(
         plans=(Plan(network="resnet", dataset="cifar10", seed=0, **_NETWORK_OPTIONS["resnet"]),),
