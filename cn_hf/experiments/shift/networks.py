@@ -23,11 +23,10 @@ BATCH, PAD = 128, 4
 
 
 class Block(nn.Sequential):
-    """A convolution, norm and ReLU, and a max pool of 2 where ``pool``."""
+    """A convolution, norm and ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], *, pool: bool = False) -> None:
-        parts: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm(outputs), nn.ReLU()]
-        super().__init__(*parts, *([nn.MaxPool2d(2)] if pool else []))
+    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], *, stride: int = 1) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), norm(outputs), nn.ReLU())
 
 
 class ResNet9(nn.Module):
@@ -42,10 +41,10 @@ class ResNet9(nn.Module):
         super().__init__()
         first, second, third, fourth = WIDTHS
         self.stem = Block(3, first, norm)
-        self.layer1 = Block(first, second, norm, pool=True)
+        self.layer1 = Block(first, second, norm, stride=2)
         self.residual1 = nn.Sequential(Block(second, second, norm), Block(second, second, norm))
-        self.layer2 = Block(second, third, norm, pool=True)
-        self.layer3 = Block(third, fourth, norm, pool=True)
+        self.layer2 = Block(second, third, norm, stride=2)
+        self.layer3 = Block(third, fourth, norm, stride=2)
         self.residual3 = nn.Sequential(Block(fourth, fourth, norm), Block(fourth, fourth, norm))
         self.head = nn.Linear(fourth, num_classes)
 

@@ -54,7 +54,7 @@ BUDGETS = {
                 network="resnet",
                 dataset="digits",
                 seed=0,
-                epochs=3,
+                epochs=2,
                 test_images=20,
                 unlabelled=16,
                 counts=(4, 16),
@@ -65,7 +65,7 @@ BUDGETS = {
         seeds=1,
         threads=2,
         is_evidence=False,
-        summary="Handwritten digits of scikit-learn, 20 test images a domain, one source network of 3 epochs.",
+        summary="Handwritten digits of scikit-learn, 20 test images a domain, one source network of 2 epochs.",
     ),
     "small": Budget(
         plans=(Plan(network="resnet", dataset="cifar10", seed=0, **_NETWORK_OPTIONS["resnet"]),),
