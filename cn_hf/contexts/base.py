@@ -125,6 +125,8 @@ class ContextSource(ABC):
     """True if ``_state`` may give tensors."""
     given: ClassVar[tuple[str, ...]] = ()
     """Arguments of ``load`` that stand for parts that are not saved."""
+    names_unknown: ClassVar[bool] = False
+    """True if ``predict`` may say -1: of no known context."""
     _names: tuple[str, ...] | None = None
 
     @property

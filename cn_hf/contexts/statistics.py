@@ -89,6 +89,7 @@ class StatisticsContexts(ImageContextSource):
     """
 
     type = "statistics"
+    names_unknown = True
     one_size = False
 
     def __init__(

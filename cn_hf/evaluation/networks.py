@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cn_hf.errors import InputTypeError, PatchError
 from cn_hf.patching.config import BASELINES, ContextNormConfig
-from cn_hf.patching.inference import apply_inference
+from cn_hf.patching.patch import apply_inference
 from cn_hf.patching.routing import RoutedModel, router_of
 
 __all__ = ["bare_network", "baseline_network", "context_network", "evaluating", "logits_of", "network_device"]
@@ -82,12 +82,16 @@ def network_device(network: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards training flags and inference settings are as before."""
+    """Evaluation mode within the block; afterwards training flags and inference settings are as before.
+
+    Contexts that follow their images stand still: passes must not depend on those before them.
+    """
     training = [(module, module.training) for module in network.modules()]
     router = router_of(network) if isinstance(network, RoutedModel) else None
     settings: tuple[ContextNormConfig, Any, tuple[float, ...], tuple[float, ...]] | None = None
     if router is not None:
         settings = (router.config, router.source, router.pixel_mean, router.pixel_std)
+        tracking, router.tracking = router.tracking, None
     network.eval()
     try:
         yield
@@ -96,6 +100,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = flag
         if router is not None and settings is not None:
             router.config, router.source, router.pixel_mean, router.pixel_std = settings
+            router.tracking = tracking
             apply_inference(network, router.config)
 
 

@@ -53,8 +53,7 @@ from cn_hf.hub.weights import (
     write_weights,
 )
 from cn_hf.patching import ContextNormConfig, context_parameters, unpatch_model
-from cn_hf.patching.inference import apply_inference
-from cn_hf.patching.patch import named_slots
+from cn_hf.patching.patch import apply_inference, named_slots
 from cn_hf.patching.routing import RoutedModel, router_of
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]

@@ -14,13 +14,13 @@ from torch import nn
 
 from cn_hf.contexts import ContextSource
 from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
-from cn_hf.errors import CheckpointError, ConfigError, ContextSourceError, InputTypeError
+from cn_hf.errors import CheckpointError, ConfigError, ContextIdError, ContextSourceError, InputTypeError
 from cn_hf.files import read_description as read_json
 from cn_hf.files import sha256_of, write_json
 from cn_hf.hub.moments import MOMENTS_FILE, read_moments
 from cn_hf.hub.weights import is_weights_name
 from cn_hf.patching import ContextNormConfig
-from cn_hf.patching.inference import check_channels, check_fits, per_channel
+from cn_hf.patching.inference import check_channels, check_fits, per_channel, restore_settings
 from cn_hf.patching.router import ContextSourceLike
 from cn_hf.patching.routing import router_of
 
@@ -63,6 +63,8 @@ class Description:
         pixel_mean: what was subtracted from pixels in 0..1 before they reach the model, one a channel.
         pixel_std: what they were divided by.
         task: what the model was trained for, as transformers' pipelines call it; None if nobody said.
+        unknown: how samples run that the context source knows no context of, as ``set_inference`` was told.
+        track: ``"rate"`` and ``"contexts"`` that follow their images; None where none does.
     """
 
     config: ContextNormConfig
@@ -76,6 +78,8 @@ class Description:
     pixel_mean: tuple[float, ...] = (0.0,)
     pixel_std: tuple[float, ...] = (1.0,)
     task: str | None = None
+    unknown: int | str | None = None
+    track: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check the fields that no other class checks.
@@ -157,7 +161,7 @@ def context_source_of(model: nn.Module, given: ContextSource | None) -> ContextS
 
 
 def attach_source(model: nn.Module, folder: Path, description: Description) -> None:
-    """Give a loaded model what its checkpoint says of the pixels it wants, its context source and its moments.
+    """Give a loaded model what its checkpoint says of pixels and of prediction, its context source and its moments.
 
     A source that cannot be loaded without the user's own code is left out with a warning.
 
@@ -169,7 +173,8 @@ def attach_source(model: nn.Module, folder: Path, description: Description) -> N
         check_channels(model, description.pixel_mean, description.pixel_std)
         if description.context_source:
             source = _source(folder / SOURCE_FOLDER, description)
-    except ConfigError as error:
+        restore_settings(model, description.unknown, description.track)
+    except (ConfigError, ContextIdError) as error:
         raise CheckpointError(f"{folder} contradicts itself: {error}") from error
     router = router_of(model)
     router.pixel_mean, router.pixel_std = description.pixel_mean, description.pixel_std

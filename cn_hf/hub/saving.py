@@ -20,6 +20,7 @@ from cn_hf.hub.base_weights import base_fingerprint, base_origin
 from cn_hf.hub.description import SOURCE_FOLDER, Description, context_source_of
 from cn_hf.hub.moments import write_moments
 from cn_hf.hub.weights import checksums, weights_in
+from cn_hf.patching.inference import prediction_settings
 from cn_hf.patching.routing import router_of
 
 __all__ = ["check_savable", "describe_saved", "origin_of", "write_description", "writing_to"]
@@ -117,4 +118,5 @@ def write_description(
         pixel_mean=router.pixel_mean,
         pixel_std=router.pixel_std,
         task=router.task,
+        **prediction_settings(model),
     ).write(path)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 from cn_hf.errors import CheckpointError
 from cn_hf.hub.bounds import built, check_values
 from cn_hf.patching.config import ContextNormConfig
-from cn_hf.patching.inference import per_channel
+from cn_hf.patching.inference import per_channel, prediction_settings
 from cn_hf.patching.patch import named_slots
 from cn_hf.patching.routing import routed_class, router_of
 
@@ -35,8 +35,8 @@ class ContextConfig:
     Attributes:
         context_norm_base: the config class of the model under the patches.
         context_norm_architecture: the name of that model's class.
-        context_norm: ``"config"`` (of ``ContextNormConfig``), ``"slots"`` (their names), ``"pixel_mean"`` and
-            ``"pixel_std"``.
+        context_norm: ``"config"`` (of ``ContextNormConfig``), ``"slots"`` (their names), ``"pixel_mean"``,
+            ``"pixel_std"``, and ``"unknown"`` and ``"track"`` of ``set_inference``.
     """
 
     # All names added here begin alike: fields of the base's own (TimmWrapper's ``architecture``) must not hide them.
@@ -129,6 +129,7 @@ def written_config(model: Any) -> Any:
         "slots": [name for name, _ in named_slots(model)],
         "pixel_mean": list(router.pixel_mean),
         "pixel_std": list(router.pixel_std),
+        **prediction_settings(model),
     }
     return written
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from cn_hf.errors import CheckpointError
+from cn_hf.errors import CheckpointError, ConfigError, ContextIdError
 from cn_hf.files import read_json
 from cn_hf.hub.base_model import quietly, transformers_class
 from cn_hf.hub.bounds import built, check_values, weights_of
 from cn_hf.hub.transformers_config import MODEL_TYPE, ContextConfig, context_config, written_config
 from cn_hf.patching.config import ContextNormConfig
+from cn_hf.patching.inference import restore_settings
 from cn_hf.patching.patch import named_slots, patch_model
 from cn_hf.patching.placement import KEYWORDS
 from cn_hf.patching.routing import add_root_mixin, routed_class, router_of
@@ -254,6 +255,10 @@ def _patch(model: Any, architecture: str, description: Mapping[str, Any]) -> Non
     router = router_of(model)
     router.config = config if type(model).__name__ == architecture else exact
     router.pixel_mean, router.pixel_std = tuple(description["pixel_mean"]), tuple(description["pixel_std"])
+    try:
+        restore_settings(model, description.get("unknown"), description.get("track"))
+    except (ConfigError, ContextIdError) as error:
+        raise CheckpointError(f"config.json contradicts itself: {error}") from error
 
 
 def _names_in(model: Any, slots: Collection[str], modules: Collection[str]) -> list[str]:

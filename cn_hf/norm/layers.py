@@ -400,10 +400,12 @@ class ContextNorm(FeatureNorm):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         standardize: Standardization | None = None,
+        combined: bool = False,
     ) -> Tensor:
         """``forward`` for ids checked already, and with an affine map ``(C,)`` of the caller's where one is given.
 
-        With ids, ``standardize`` does what a layer norm before this layer would, in the same pass over ``x``.
+        With ids, ``standardize`` does what a layer norm before this layer would, in the same pass over ``x``. Without,
+        ``combined`` asks for CN+ whatever ``inference`` is.
         """
         if self.affine:
             weight = self.weight if weight is None else weight
@@ -411,7 +413,7 @@ class ContextNorm(FeatureNorm):
         if ids is None:
             if self.training:
                 raise ContextIdError("Training needs context_ids: which context does each sample belong to?")
-            if self.inference == "cn":
+            if self.inference == "cn" and not combined:
                 raise ContextIdError(
                     "No context_ids reached this layer, and inference is not 'cn+': pass them to the model, or use "
                     "use_contexts(model, ids) around calls past its forward."

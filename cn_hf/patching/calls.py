@@ -36,6 +36,8 @@ class Call:
         num_texts: number of texts, of a call of a model that takes images and texts, or None.
         batch_size: number of samples, where there are other numbers of ids, or None.
         leading: first dimension that the first slot has met, where it matters, or None.
+        named: ids ``(N,)`` as a source named them, -1 where it knows none, if there is such a sample; else None.
+            ``ids`` are then None where these samples run by CN+.
         is_block: True for a ``use_contexts`` block.
         open: True while the call of a root runs.
         outer: the call or block that this one stands in.
@@ -50,6 +52,7 @@ class Call:
         "ids",
         "is_block",
         "leading",
+        "named",
         "num_texts",
         "open",
         "outer",
@@ -63,6 +66,7 @@ class Call:
         self.num_texts: int | None = None
         self.batch_size: int | None = None
         self.leading: int | None = None
+        self.named: Tensor | None = None
         self.is_block = is_block
         self.open = not is_block
         self.outer: Call | None = None
@@ -118,6 +122,7 @@ class Calls:
         traced: the call of a root that is being compiled or exported, or None.
         running: the call of the root that runs in this thread or task, or whose part of a graph runs backward here.
         blocks: the ``use_contexts`` blocks around, the innermost last.
+        tracking: held while contexts follow the images of a forward.
         graphs: calls that a graph may have been made in, as long as the graph is there.
     """
 
@@ -125,6 +130,7 @@ class Calls:
         self.traced: Call | None = None
         self.running: ContextVar[Call | None] = _VARIABLE("cn_hf_running", default=None)
         self.blocks: ContextVar[tuple[Call, ...]] = _VARIABLE("cn_hf_blocks", default=())
+        self.tracking = threading.RLock()
         self.graphs: list[weakref.ref[Call]] = []
 
     def innermost(self) -> Call | None:

@@ -206,9 +206,19 @@ class Slot(Swapped):
 
     def _by_context(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         ids = self._context_ids(x)
-        if self.router.observer is not None:
-            return self.router.observer.normalize(self, x, ids, weight, bias)
-        return self._call(x, ids, weight=weight, bias=bias)
+        observer = self.router.observer
+        if observer is not None and (seen := observer.normalize(self, x, ids, weight, bias)) is not None:
+            return seen
+        named = self.router.named_for(x) if ids is None else None
+        if named is None:
+            return self._call(x, ids, weight=weight, bias=bias)
+        return self._partly_known(x, named, weight=weight, bias=bias)
+
+    def _partly_known(self, x: Tensor, named: Tensor, **options: Tensor | None) -> Tensor:
+        """Normalise samples by their own contexts, and by CN+ where that is -1."""
+        y = self._call(x, named.clamp_min(0), **options)
+        unknown = (named < 0).nonzero().squeeze(1)
+        return y.index_copy(0, unknown, self._call(x[unknown], None, combined=True, **options))
 
     def _call(self, x: Tensor, ids: Tensor | None, **options: Any) -> Tensor:
         """Call the normalizer, as a module where hooks on it, such as those that fetch offloaded weights, must run."""

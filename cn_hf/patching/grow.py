@@ -36,7 +36,14 @@ from cn_hf.patching.patch import context_parameters, own_slots
 from cn_hf.patching.reference import Reference, check_amounts, context_index, find_reference
 from cn_hf.patching.routing import router_of
 
-__all__ = ["add_contexts", "add_known_context", "remove_contexts", "train_only_contexts"]
+__all__ = [
+    "add_contexts",
+    "add_known_context",
+    "give_own_dimensions",
+    "own_dimension",
+    "remove_contexts",
+    "train_only_contexts",
+]
 
 Grown: TypeAlias = ContextNorm | DomainBatchNorm
 Plan: TypeAlias = list[tuple[Grown, dict[str, Tensor]]]
@@ -204,7 +211,40 @@ def remove_contexts(model: nn.Module, names: str | int | Sequence[str | int]) ->
     kept = None if config.context_names is None else tuple(config.context_names[index] for index in left)
     moments = {name: stored.select(left) for name, stored in router_of(model).moments.items()}
     _commit(model, plan, _resized(config, norms, len(left), kept), moments)
+    router_of(model).select(left)
     return model
+
+
+def own_dimension(norm: ContextNorm, context: int) -> int | None:
+    """Return a dimension of an embedder that no other context uses, so that it moves this one alone; None if none."""
+    embedding = norm.embedding.detach()
+    alone = ((embedding != 0).sum(dim=0) == 1) & (norm.embedding_bias.detach() == 0)
+    size = embedding[context].abs() * alone
+    return int(size.argmax()) if float(size.max()) > 0.1 else None
+
+
+def give_own_dimensions(model: nn.Module, contexts: Sequence[int]) -> None:
+    """Widen a model's embedders by a dimension for each context that has none that is its own; no output changes.
+
+    Parameters stay the same objects, and lose their gradients, as in ``add_contexts``.
+    """
+    config, norms = _contexts_of(model)
+    embedders = [n for n in norms if isinstance(n, ContextNorm) and n.parametrization == "embedder"]
+    lacking = [c for c in contexts if any(own_dimension(norm, c) is None for norm in embedders)]
+    if not lacking:
+        return
+    for norm in embedders:
+        embedding, count = norm.embedding.detach(), len(lacking)
+        unit = embedding.new_zeros(len(embedding), count)
+        unit[lacking, list(range(count))] = 1
+        new = {"embedding": torch.cat([embedding, unit], dim=1)}
+        bias = norm.embedding_bias.detach()
+        new["embedding_bias"] = torch.cat([bias, bias.new_zeros(count)])
+        for kind in ("mean_weight", "var_weight"):
+            weight = getattr(norm, kind).detach()
+            new[kind] = torch.cat([weight, weight.new_zeros(len(weight), count)], dim=1)
+        _assign(norm, new, config.num_contexts)
+    router_of(model).config = config.replace(embedding_dim=embedders[0].embedding_dim)
 
 
 def train_only_contexts(model: nn.Module) -> nn.Module:

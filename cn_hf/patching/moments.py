@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Rows", "StoredMoments", "relative_rows", "shrunk_rows"]
+__all__ = ["Moments", "Rows", "StoredMoments", "implied_moments", "moved_moments", "relative_rows", "shrunk_rows"]
 
 _BLOCK = 2**24  # elements that are looked at together, so that copies stay small
 
@@ -115,6 +115,38 @@ def relative_rows(measured: Rows, row: Rows, reference: Rows | None) -> Rows:
     ratio = torch.where(known, measured.variance / reference.variance.clamp_min(1e-300), 1.0)
     mean = measured.mean + (row.mean - reference.mean) * ratio.sqrt()
     return Rows(mean, row.variance * ratio)
+
+
+def implied_moments(rows: Rows, row: Rows, reference: Rows) -> Rows:
+    """Return the moments ``(R, C)`` from which ``relative_rows`` gives ``rows``; variance 0 where any does.
+
+    Args:
+        rows: statistics of contexts, ``(R, C)``.
+        row: as in ``relative_rows``.
+        reference: as in ``relative_rows``.
+    """
+    known = reference.variance > 0
+    ratio = torch.where(known, rows.variance / row.variance, 1.0)
+    mean = rows.mean - (row.mean - reference.mean) * ratio.sqrt()
+    return Rows(mean, reference.variance * ratio)
+
+
+def moved_moments(old: Rows, new: Rows, share: float, *, is_vector: bool) -> Rows:
+    """Return the moments of ``1 - share`` parts of old inputs and ``share`` parts of new ones.
+
+    A feature that is constant in the new inputs keeps its variance: units that are off say nothing of their scale.
+
+    Args:
+        old: ``(R, C)``.
+        new: ``(R, C)``.
+        share: in 0..1.
+        is_vector: the new inputs are one vector, which has no variance but tells of that between inputs.
+    """
+    delta = new.mean - old.mean
+    variance = (1 - share) * old.variance + share * new.variance + share * (1 - share) * delta.square()
+    if not is_vector:
+        variance = torch.where(new.variance > 0, variance, old.variance)
+    return Rows(old.mean + share * delta, variance)
 
 
 def shrunk_rows(rows: Rows, row: Rows, images: Tensor, prior: float) -> Rows:

@@ -14,7 +14,6 @@ from cn_hf.errors import CnHfError, ConfigTypeError, InputTypeError, PatchError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm
 from cn_hf.patching.config import CN_MODES, ContextNormConfig
 from cn_hf.patching.convert import NORMS, Slot, adjusted_variance, qualified_name, slot_class
-from cn_hf.patching.inference import apply_inference
 from cn_hf.patching.placement import Target, find_new_norms, find_targets, fitting_mode
 from cn_hf.patching.router import ContextRouter
 from cn_hf.patching.routing import (
@@ -27,7 +26,7 @@ from cn_hf.patching.routing import (
 )
 from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
 
-__all__ = ["SlotReport", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
+__all__ = ["SlotReport", "apply_inference", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
 
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's reparameterize_model calls
 _UNHOOK = "Take accelerate's hooks off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
@@ -460,6 +459,16 @@ def patch_report(model: nn.Module) -> PatchReport:
         SlotReport(name, slot.original_class.__name__, type(slot).__name__, slot.normalizer.num_features)
         for name, slot in named_slots(model)
     )
+
+
+def apply_inference(model: nn.Module, config: ContextNormConfig) -> None:
+    """Hand the inference options to the layers."""
+    for module in model.modules():
+        if isinstance(module, ContextNorm):
+            module.inference = "cn+" if config.inference == "cn+" else "cn"  # else past forward, in silence, CN+
+            module.plus_stats = config.plus_stats
+            module.plus_scale = config.plus_scale
+            module.plus_posterior = config.plus_posterior
 
 
 def context_parameters(model: nn.Module) -> list[nn.Parameter]:

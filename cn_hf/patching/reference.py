@@ -21,12 +21,10 @@ from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.convert import Slot, StoredNormSlot
 from cn_hf.patching.measure import calibrated_slots, measure_under, rows_of
 from cn_hf.patching.moments import Rows, StoredMoments
+from cn_hf.patching.router import SOURCE
 from cn_hf.patching.routing import router_of
 
 __all__ = ["SOURCE", "Reference", "check_amounts", "context_index", "find_reference"]
-
-SOURCE = "source"
-"""The context of a model's own training data, where it was patched to be adapted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +62,8 @@ def context_index(name: Any, config: ContextNormConfig) -> int:
     Raises:
         ContextIdError: there is no such context.
     """
+    if type(name) is int and 0 <= name < config.num_contexts:
+        return name  # also where tensors have no values (torch.device("meta"))
     ids = as_tensor(name, config.context_names)
     if ids.dim() or ids.is_floating_point() or not 0 <= int(ids) < config.num_contexts:
         raise ContextIdError(f"Expected a context's name or an id in 0..{config.num_contexts - 1}, received {name!r}.")

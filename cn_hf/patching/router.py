@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextIdError
-from cn_hf.norm.ids import ContextIds, resolve_context_ids
+from cn_hf.norm.ids import ContextIds, as_tensor, resolve_context_ids
 from cn_hf.patching.calls import Call, Calls
 from cn_hf.patching.config import ContextNormConfig
 from cn_hf.patching.moments import StoredMoments
 
-__all__ = ["ContextRouter", "ContextSourceLike"]
+__all__ = ["SOURCE", "UNKNOWN", "ContextRouter", "ContextSourceLike"]
+
+SOURCE = "source"
+"""The context of a model's own training data, where it was patched to be adapted."""
+
+UNKNOWN = -1
+"""What a context source names a sample of no known context."""
+
+_NO_CONTEXT = (
+    "The context source knows no context of some images, and {}: name the context that these are to run as, "
+    'set_inference(model, "predict", unknown=...).'
+)
 
 
 class ContextSourceLike(Protocol):
@@ -27,14 +39,32 @@ class ContextSourceLike(Protocol):
     num_contexts: int
 
     def predict(self, images: Tensor) -> Tensor:
-        """Context ids ``(N,)`` of uint8 images ``(N, C, H, W)``."""
+        """Return context ids ``(N,)`` of uint8 images ``(N, C, H, W)``, -1 for an image of no known context."""
 
 
 class SlotObserver(Protocol):
-    """Sees the inputs of slots, and normalises them."""
+    """Sees the inputs of slots, and may normalise them."""
 
-    def normalize(self, slot: Any, x: Tensor, ids: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return ``x`` as the slot is to give it on."""
+    def normalize(
+        self, slot: Any, x: Tensor, ids: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """Return ``x`` as the slot is to give it on; None lets the slot normalise it."""
+
+
+class Follows(Protocol):
+    """Runs a call and moves contexts with its images: ``Tracking``."""
+
+    rate: float
+    contexts: tuple[int, ...]
+
+    def run(self, call: Call, method: Callable[..., Any], model: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return ``method(model, *args, **kwargs)``, run in ``call``."""
+
+    def select(self, left: list[int], config: ContextNormConfig) -> Follows | None:
+        """Return it for a model whose contexts are ``left`` of those it had."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
 
 
 class ContextRouter:
@@ -44,15 +74,20 @@ class ContextRouter:
         config: the model's configuration.
         calls: the calls that run, and those that graphs were made in.
         source: a context source for ``"predict"``, or None.
+        unknown: how samples run that the source names no context of: the id of a context, or ``"cn+"``; None for the
+            context ``"source"`` where there is one, else CN+.
+        tracking: lets contexts follow the images that are given their ids, or None.
         pixel_mean: mean that was subtracted from the pixels the model receives, one a channel.
         pixel_std: standard deviation they were divided by.
         task: what the model was trained for, as its checkpoint says; None if nobody said.
-        observer: normalises in the slots' place while their inputs are measured, or None.
+        observer: sees the slots' inputs while they are measured, and may normalise in their place; or None.
         moments: of the real inputs of each context, by the slot's name, where they were measured.
         inputs: names of the modules whose input is normalised.
     """
 
     task: str | None = None  # here: routers that were pickled before have none
+    unknown: int | str | None = None
+    tracking: Follows | None = None
 
     def __init__(self, config: ContextNormConfig) -> None:
         self.config = config
@@ -72,7 +107,7 @@ class ContextRouter:
             ContextIdError: its first two dimensions are both ``N``.
         """
         call = self.calls.innermost()
-        ids = None if call is None else call.ids
+        ids = None if call is None else call.named if call.ids is None else call.ids
         if ids is None or ids.shape[0] == 1 or x.dim() < 3 or x.shape[1] != ids.shape[0]:
             return False
         if x.shape[0] == ids.shape[0]:
@@ -101,6 +136,18 @@ class ContextRouter:
             matches = ids.shape[0] == x.shape[0]
         else:
             ids, matches = self._views(ids, call, x)
+        return ids if matches or ids.shape[0] == 1 else _repeated(ids, call, x)
+
+    def named_for(self, x: Tensor) -> Tensor | None:
+        """Return a source's ids for ``x``, -1 for CN+, in a call where some samples have a context and some none."""
+        call = self.calls.innermost()
+        if call is None or call.named is None or call.ids is not None:
+            return None
+        return self.fitted(call.named, call, x).expand(x.shape[0])
+
+    def fitted(self, ids: Tensor, call: Call, x: Tensor) -> Tensor:
+        """Return rows of a call's samples (ids or weights) for a tensor as in ``ids_for``."""
+        ids, matches = self._views(ids.to(x.device), call, x)
         return ids if matches or ids.shape[0] == 1 else _repeated(ids, call, x)
 
     def _views(self, ids: Tensor, call: Call, x: Tensor) -> tuple[Tensor, bool]:
@@ -150,16 +197,52 @@ class ContextRouter:
         )
         return mean, std
 
-    def predicted_ids(self, images: Tensor) -> Tensor:
-        """The context that the source tells of each image, ``(N,)``.
+    def select(self, left: list[int]) -> None:
+        """Keep to the contexts that are left of those there were, by their former ids."""
+        if isinstance(self.unknown, int):
+            self.unknown = left.index(self.unknown) if self.unknown in left else None
+        if self.tracking is not None:
+            self.tracking = self.tracking.select(left, self.config)
+
+    @property
+    def unknown_context(self) -> int | None:
+        """Return the context of samples that the source knows none of; None for CN+."""
+        if self.unknown is None:
+            names = self.config.context_names or ()
+            return names.index(SOURCE) if SOURCE in names else None
+        return self.unknown if isinstance(self.unknown, int) else None
+
+    def predicted(self, images: Tensor) -> Call:
+        """Return a call with the context that the source names of each image.
 
         Args:
             images: ``(N, C, H, W)``, as the model gets them, or uint8.
 
         Raises:
-            ContextIdError: the model has no source.
+            ContextIdError: the model has no source, or it names a context that there is not.
             ConfigError: as ``pixel_statistics``.
         """
+        ids, named = self._predicted(images)
+        if named is not None and ids is None and self.config.mode == "dsbn":
+            raise ContextIdError(_NO_CONTEXT.format("dsbn has no CN+ to run them by"))
+        call = Call(ids)
+        call.named = named
+        return call
+
+    def predicted_ids(self, images: Tensor) -> Tensor:
+        """Return the ids of ``predicted``, ``(N,)`` or ``(N, T)``.
+
+        Raises:
+            ContextIdError: as ``predicted``; or an image is of no known context, and no context stands for these.
+            ConfigError: as ``pixel_statistics``.
+        """
+        ids, _ = self._predicted(images)
+        if ids is None:
+            raise ContextIdError(_NO_CONTEXT.format("a context is needed here"))
+        return ids
+
+    def _predicted(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return ids, or None if some samples run by CN+, and the ids with -1 for unknown samples if there are any."""
         if self.source is None:
             raise ContextIdError(
                 "The model has no context source that could tell which context the images are of: name it, one of "
@@ -169,7 +252,15 @@ class ContextRouter:
         if images.dtype != torch.uint8:
             mean, std = self.pixel_statistics(images)
             images = ((images.detach().to(mean.dtype) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return self.resolve(self.source.predict(images), len(images), images.device)
+        ids = as_tensor(self.source.predict(images), self.config.context_names)
+        unknown, context = ids == UNKNOWN, self.unknown_context
+        never = not getattr(self.source, "names_unknown", True)  # nor need anything wait for the values
+        if never or ids.is_floating_point() or ids.dim() != 1 or (context is None and not bool(unknown.any())):
+            return self.resolve(ids, len(images), images.device), None
+        unknown = unknown.to(images.device)
+        ids = self.resolve(torch.where(ids == UNKNOWN, 0, ids), len(images), images.device)
+        known = None if context is None else ids.masked_fill(unknown, context)
+        return known, ids.masked_fill(unknown, UNKNOWN)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextRouter:
         """A copied model gets a router of its own; a part copied alone stays wired to the model it came from."""
@@ -179,7 +270,7 @@ class ContextRouter:
         copied = ContextRouter(self.config)
         copied.moments, copied.inputs = copy.deepcopy(self.moments), self.inputs
         copied.source, copied.pixel_mean, copied.pixel_std = self.source, self.pixel_mean, self.pixel_std
-        copied.task = self.task
+        copied.task, copied.unknown, copied.tracking = self.task, self.unknown, copy.deepcopy(self.tracking)
         if root is not None:
             copied.root = weakref.ref(memo[id(root)])
         memo[id(self)] = copied

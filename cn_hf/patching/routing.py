@@ -221,7 +221,7 @@ def _route_forward(
     around = router.calls.innermost()
     if ids is not None or (around is not None and around.is_block):
         call = _call(router, ids, around, args, kwargs, views=True)
-        return router.calls.run(call, forward, model, *args, **kwargs)
+        return (router.tracking or router.calls).run(call, forward, model, *args, **kwargs)
     if around is not None:
         return forward(model, *args, **kwargs)  # in the call of another method
     if model.training:
@@ -248,8 +248,8 @@ def _route_forward(
             return router.calls.run(Call(same), forward, model, *args, **kwargs)
 
         return average_contexts(in_context, config.num_contexts, kwargs.get("labels"))
-    predicted = router.predicted_ids(_images(args, kwargs)) if config.inference == "predict" else None
-    return router.calls.run(Call(predicted), forward, model, *args, **kwargs)
+    call = router.predicted(_images(args, kwargs)) if config.inference == "predict" else Call(None)
+    return (router.tracking or router.calls).run(call, forward, model, *args, **kwargs)
 
 
 def _route_method(
@@ -262,7 +262,7 @@ def _route_method(
     if ids is None and around is not None and (not around.is_block or _find_tensor(args, kwargs) is None):
         return method(model, *args, **kwargs)
     call = Call(None) if ids is None and around is None else _call(router, ids, around, args, kwargs)
-    return router.calls.run(call, method, model, *args, **kwargs)
+    return (router.tracking or router.calls).run(call, method, model, *args, **kwargs)
 
 
 def _call(
@@ -284,6 +284,8 @@ def _call(
     if not alike and not per_view and count != num_samples:
         unit = "images" if first.dim() == 4 else "samples"
         raise ContextIdError(f"Received {count} context_ids for a batch of {num_samples} {unit}; give one each.")
+    if alike and router.tracking is not None:  # which counts images
+        given, alike, count = given.expand(num_samples, *given.shape[1:]), False, num_samples
     call = Call(router.resolve(given, 1 if alike else count, first.device))
     call.outer = around
     if per_view:
