@@ -120,6 +120,32 @@ def test_folders_columns_and_their_numbers_mean_the_same(checkpoint: Path, tmp_p
     assert report["average"].correct == ProtocolReport.from_dict(found["words"])["average"].correct
 
 
+def test_plain_ids_are_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    rows = images()
+    ids = [("night", "day").index(context) for context, _, _ in rows]
+    features = Features({"image": Image(), "label": Value("string"), "context_ids": Value("int64")})
+    for name, values in (("right", ids), ("wrong", [*ids[:-1], 2])):
+        Dataset.from_dict(
+            {"image": [row[2] for row in rows], "label": [row[1] for row in rows], "context_ids": values},
+            features=features,
+        ).to_parquet(tmp_path / name / "test.parquet")
+    report = ProtocolReport.from_dict(done(tmp_path / "out", checkpoint, tmp_path / "right"))
+    model = cn_hf.from_pretrained(checkpoint)
+    assert report["true contexts"].context_correct[1] == {name: right(model, rows, name) for name in ("night", "day")}
+    refused = evaluate(checkpoint, tmp_path / "wrong", "-o", tmp_path / "out")
+    assert isinstance(refused.exception, DatasetError)
+    assert "row 23 has 2" in str(refused.exception)
+
+
+def test_some_of_the_classes_are_known_by_name(tmp_path: Path) -> None:
+    model, rows = network(), [row for row in images() if row[1] != "dark"]
+    record_preprocessing(model, input_size=(3, 16, 16), label_names=["0", "1", "2"], **PIXELS)
+    checkpoint = cn_hf.save_pretrained(model, tmp_path / "checkpoint")
+    data = as_folders(tmp_path / "data", [(context, str(CLASSES.index(name)), array) for context, name, array in rows])
+    report = ProtocolReport.from_dict(done(tmp_path / "out", checkpoint, data, "--contexts", "folder"))
+    assert report["true contexts"].context_correct[1] == {name: right(model, rows, name) for name in ("night", "day")}
+
+
 def test_the_leak_check_counts_the_training_split(checkpoint: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         as_folders(tmp_path / "data" / split, images())

@@ -213,7 +213,7 @@ class _Reading:
             raise ConfigError(f"Expected a classifier of images, received a {type(model).__name__} without classes.")
         self.num_classes = int(found)
         names = label_names_of(model, self.num_classes)
-        unnamed = all(name in (f"class {n}", f"LABEL_{n}", str(n)) for n, name in enumerate(names))
+        unnamed = all(name in (f"class {n}", f"LABEL_{n}") for n, name in enumerate(names))
         self.class_names = None if unnamed else names
         self.has_contexts = router.config.mode not in BASELINES
         count = router.config.num_contexts
@@ -273,7 +273,15 @@ class _Reading:
         column = column or CONTEXT_COLUMN
         if column not in features_of(dataset):
             raise DatasetError(f"The data has no column {column!r}; {nearest(column, features_of(dataset))}")
-        return [str(value) for value in _values(dataset, column)[0]]
+        values, named = _values(dataset, column)
+        if column == CONTEXT_COLUMN and not named and self.own_contexts:  # ids
+            wrong = next((row for row, value in enumerate(values) if not 0 <= value < len(self.own_contexts)), None)
+            if wrong is not None:
+                raise DatasetError(
+                    f"Expected context ids 0 to {len(self.own_contexts) - 1}, row {wrong} has {values[wrong]!r}."
+                )
+            return [self.own_contexts[value] for value in values]
+        return [str(value) for value in values]
 
     def known_contexts(self, names: Sequence[str] | None) -> list[str]:
         """Return the contexts that ids count: the model's, or those of the data for a baseline without."""
