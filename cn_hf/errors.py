@@ -8,6 +8,7 @@ was expected and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -30,7 +31,8 @@ __all__ = [
     "nearest",
 ]
 
-_MOST_TOLD, _MOST_COMPARED = 120, 10_000  # of known names: an error is to be read, and soon
+_MOST_TOLD, _MOST_COMPARED, _LONGEST = 120, 10_000, 200  # of known names: an error is to be read, and soon
+_ENDLESS = re.compile(r"\S{5000,}")  # longer than any path
 
 
 class CnHfError(Exception):
@@ -41,6 +43,10 @@ class CnHfError(Exception):
     """
 
     said_elsewhere: bool = False
+
+    def __str__(self) -> str:
+        """Return the message, in which a word of more than 5,000 characters is shortened."""
+        return _ENDLESS.sub(lambda word: f"{word[0][:200]}… ({len(word[0]):,} characters)", super().__str__())
 
 
 class ConfigError(CnHfError, ValueError):
@@ -106,7 +112,7 @@ class TrainingInterruptedError(CnHfError, InterruptedError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Words for an error message: the valid name nearest to ``name`` if one is near, then the valid names."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options[:_MOST_COMPARED], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST], options[:_MOST_COMPARED], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? Valid" if close else "valid"
     more = f" and {len(options) - _MOST_TOLD} more" if len(options) > _MOST_TOLD else ""
     return f"{hint}: {', '.join(map(repr, options[:_MOST_TOLD]))}{more}."

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cn_hf.errors import CheckpointError
+from cn_hf.errors import CheckpointError, InputTypeError
 
 __all__ = [
     "MOST_YAML",
+    "as_path",
     "check_regular",
     "read_bounded",
     "read_description",
@@ -30,6 +31,24 @@ _CHUNK = 1 << 20  # bytes hashed at a time
 _MOST_BYTES, _MOST_VALUES = 1 << 25, 1_000_000  # of a file read as text: results of 100,000 images need 6 MB
 MOST_YAML = 100_000
 """Bytes of a configuration in YAML, which takes a second to parse when it is as long."""
+
+
+def as_path(folder: str | os.PathLike[str]) -> Path:
+    """Return ``folder`` as a path.
+
+    Raises:
+        CheckpointError: no file system could hold it: it has NUL or a lone surrogate.
+        InputTypeError: it is no path, or empty.
+    """
+    if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
+        raise InputTypeError(f"folder must be a path, received {folder!r}.")
+    try:
+        usable = b"\0" not in os.fsencode(folder)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise CheckpointError(f"folder must be a path that a file system can hold, received {os.fspath(folder)!r}.")
+    return Path(folder)
 
 
 @contextmanager

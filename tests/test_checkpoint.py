@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import cn_hf
 from cn_hf.contexts import BrightnessContexts
-from cn_hf.errors import CheckpointError, ConfigError, PatchError
+from cn_hf.errors import CheckpointError, ConfigError, InputTypeError, PatchError
 
 
 def logits(output):
@@ -308,3 +308,26 @@ def test_wrong_arguments(call, error, message, tmp_path):
     with pytest.raises(error, match=message) as caught:
         call(model, folder)
     assert isinstance(caught.value, cn_hf.CnHfError)
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "\ud800", b"bytes", None, 3, ""])
+def test_what_is_no_folder_is_refused_everywhere(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = cn_hf.patch_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), "cn-channels")
+    source = BrightnessContexts(0.5)
+    for call in (
+        lambda: cn_hf.save_pretrained(model, folder),
+        lambda: source.save(folder),
+        lambda: source.load(folder),
+    ):
+        with pytest.raises((CheckpointError, InputTypeError), match="folder must be a path"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"model_args": 3}, {"model_args": "x"}, {"base_id": 0}, {"base_id": b"x"}])
+def test_arguments_of_saving_have_their_types(options, tmp_path):
+    model = cn_hf.patch_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), "cn-channels")
+    with pytest.raises(InputTypeError, match="model_args must be a mapping and base_id a string"):
+        cn_hf.save_pretrained(model, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()

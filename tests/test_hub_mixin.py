@@ -53,3 +53,21 @@ def test_an_unpatched_model_saves_as_before(tmp_path):
     model.save_pretrained(tmp_path)
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(Net.from_pretrained(tmp_path)(x), model(x))
+
+
+def test_its_class_does_not_load_the_weights_as_a_plain_model(tmp_path):
+    cn_hf.save_pretrained(patched(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        Net.from_pretrained(tmp_path, width=4)
+
+
+def test_a_checkpoint_with_the_old_name_of_weights_still_loads_and_is_replaced(tmp_path):
+    model, x = patched(), torch.randn(2, 3, 6, 6)
+    cn_hf.save_pretrained(model, tmp_path)
+    (tmp_path / "patched_model.safetensors").rename(tmp_path / "model.safetensors")
+    description = tmp_path / "context_norm.json"
+    description.write_text(description.read_text().replace("patched_model.safetensors", "model.safetensors"))
+    again = cn_hf.from_pretrained(tmp_path, model=Net(width=4))
+    assert torch.equal(again(x, context_ids="night"), model(x, context_ids="night"))
+    cn_hf.save_pretrained(model, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import cn_hf
-from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputDeviceError, InputShapeError
+from cn_hf.errors import CnHfError, ConfigError, ContextIdError, InputDeviceError, InputShapeError, InputTypeError
 from cn_hf.norm import ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm, functional
 
 PARAMETRIZATIONS = ("embedder", "table")
@@ -775,3 +775,27 @@ def test_a_tiny_map_is_computed_by_torch_with_the_same_result(monkeypatch: pytes
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputShapeError, match="one row a sample"):
         functional.shift_scale(x[:2], torch.zeros(3, 8), torch.ones(3, 8), feature_dim=1)
+
+
+@pytest.mark.parametrize("layer", [ContextNorm, MixtureNorm])
+@pytest.mark.parametrize(
+    "other", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn, lambda x: torch.nested.nested_tensor(list(x))]
+)
+def test_input_that_is_not_dense_is_refused(layer, other):
+    ids = (torch.tensor([0, 1]),) if layer is ContextNorm else ()
+    with pytest.raises(InputTypeError, match="dense"):
+        layer(4, 2, feature_dim=1)(other(torch.randn(2, 4, 3, 3)), *ids)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**62, 2**70])
+@pytest.mark.parametrize("layer", [ContextNorm, MixtureNorm])
+def test_sizes_beyond_reason_are_refused_before_memory_is_asked_for(layer, size):
+    for sizes in ((size, 2), (4, size)):
+        with pytest.raises(ConfigError, match="at most"):
+            layer(*sizes, feature_dim=1)
+
+
+@pytest.mark.parametrize("layer", [ContextNorm, MixtureNorm])
+def test_dtypes_without_arithmetic_are_refused(layer):
+    with pytest.raises(ConfigError, match="16 bits"):
+        layer(4, 2, feature_dim=1, dtype=torch.float8_e4m3fn)

@@ -1006,3 +1006,34 @@ def test_a_model_built_in_half_precision(mode: str, options: dict[str, Any], dty
     assert layer.embedding.dtype == dtype
     rows = layer.embedding.float()
     torch.testing.assert_close(rows @ rows.T, torch.eye(3), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("model", [None, 3, "model", [nn.Linear(1, 1)]])
+def test_what_is_no_module_cannot_be_unpatched(model):
+    with pytest.raises(CnHfError, match=r"expects a torch\.nn\.Module") as raised:
+        cn_hf.unpatch_model(model)
+    assert isinstance(raised.value, TypeError)
+
+
+def test_errors_shorten_endless_words():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for options in ({"mode": "a" * 10**6}, {"where": "a" * 10**6}, {"num_contexts": "a" * 10**6}):
+        with pytest.raises(CnHfError) as raised:
+            cn_hf.patch_model(plain, **{"mode": "cn-channels", **options})
+        assert len(str(raised.value)) < 2_000
+
+
+@pytest.mark.parametrize("option", ["mean", "std"])
+@pytest.mark.parametrize("values", [b"abc", {0.1, 0.2, 0.3}, {0.1: 1, 0.2: 2, 0.3: 3}, bytearray(b"abc")])
+def test_pixel_statistics_are_a_list_of_numbers(option, values):
+    model = cn_hf.patch_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), "cn-channels")
+    with pytest.raises(ConfigError, match=option):
+        cn_hf.set_inference(model, "cn", **{option: values})
+    assert (model.router.pixel_mean, model.router.pixel_std) == ((0.0,), (1.0,))
+
+
+@pytest.mark.parametrize("ids", [{}, set(), object(), nn.Linear(1, 1)])
+def test_calibration_refuses_pairs_with_what_is_no_ids(ids):
+    model = cn_hf.patch_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), "cn-channels")
+    with pytest.raises(cn_hf.ContextIdError):
+        cn_hf.calibrate(model, [(torch.randn(2, 3, 6, 6), ids)])

@@ -6,6 +6,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` and ``W`` height and width.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,9 @@ def image_files(folder: Path) -> list[Path]:
         DatasetFileError: there is no such folder or file.
         DatasetError: the folder holds no image.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):  # False for what no file system can hold, too
         return [folder]
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DatasetFileError(f"Expected a folder of images or an image file, received {str(folder)!r}: not found.")
     endings = PIL.Image.registered_extensions()
     files = sorted(

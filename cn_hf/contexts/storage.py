@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cn_hf.errors import CheckpointError
-from cn_hf.files import read_description, write_json, write_whole
+from cn_hf.files import as_path, read_description, write_json, write_whole
 
 __all__ = ["CONFIG_FILE", "read_source", "write_source"]
 
@@ -38,7 +38,7 @@ def write_source(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    path = Path(folder)
+    path = as_path(folder)
     content = dict(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def read_source(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     Raises:
         CheckpointError: a file is missing, truncated, of a newer format, or not the other's counterpart.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = as_path(folder) / CONFIG_FILE
     config = read_description(path, newest=NEWEST_FORMAT, what="context source")
     checksum = config.pop("tensors_sha256", None)
     if checksum is None:

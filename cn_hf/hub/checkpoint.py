@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cn_hf.contexts import ContextSource
 from cn_hf.devices import available_device
 from cn_hf.errors import CheckpointError, ConfigError, InputTypeError, nearest
-from cn_hf.files import write_json
+from cn_hf.files import as_path, write_json
 from cn_hf.hub.base_model import build_base, describe_base
 from cn_hf.hub.base_weights import base_fingerprint, load_base
 from cn_hf.hub.bounds import weights_of
@@ -44,6 +44,7 @@ from cn_hf.hub.staging import staged
 from cn_hf.hub.weights import (
     INDEX_FILE,
     NORMS_FILE,
+    PATCHED_FILE,
     WEIGHTS_FILE,
     check_shard_size,
     check_weights,
@@ -53,14 +54,14 @@ from cn_hf.hub.weights import (
     write_weights,
 )
 from cn_hf.patching import ContextNormConfig, context_parameters, unpatch_model
-from cn_hf.patching.patch import apply_inference, named_slots
+from cn_hf.patching.patch import WithoutOwnSaving, apply_inference, named_slots
 from cn_hf.patching.routing import RoutedModel, router_of
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 OWN_FILES = (
-    WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, NORMS_FILE, MOMENTS_FILE, CONFIG_FILE,
-    f"{SOURCE_FOLDER}/*",
+    WEIGHTS_FILE, WEIGHTS_FILE.replace(".", "-*-of-*."), INDEX_FILE, "patched_model*.safetensors*", NORMS_FILE,
+    MOMENTS_FILE, CONFIG_FILE, f"{SOURCE_FOLDER}/*",
 )  # fmt: skip
 """Patterns of the files that make a checkpoint: a new one replaces them all."""
 
@@ -101,13 +102,14 @@ def save_pretrained(
         InputTypeError: ``folder`` is no path.
         PatchError: the model is not patched; or its weights are sharded, quantised or computed.
     """
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-        raise InputTypeError(f"folder must be a path, received {folder!r}.")
+    path = as_path(folder)
+    if not isinstance(model_args, (Mapping, type(None))) or not isinstance(base_id, (str, type(None))):
+        wrong = f"{model_args!r} and {base_id!r}"
+        raise InputTypeError(f"model_args must be a mapping and base_id a string (or None), received {wrong}.")
     check_shard_size(max_shard_size)
     source = context_source_of(model, context_source)
     check_savable(model)
     base = describe_base(model, model_args)
-    path = Path(folder)
     with writing_to(path), staged(path) as place:
         if norms_only:
             names = write_weights(place, context_tensors(model), name=NORMS_FILE)
@@ -117,7 +119,8 @@ def save_pretrained(
             save_transformers(model, place, max_shard_size=max_shard_size)
             names = weights_in(place)
         else:
-            names = write_weights(place, model.state_dict(), max_shard_size=max_shard_size)
+            name = PATCHED_FILE if base["library"] == "other" and isinstance(model, WithoutOwnSaving) else WEIGHTS_FILE
+            names = write_weights(place, model.state_dict(), name=name, max_shard_size=max_shard_size)
         if base["library"] == "timm" and not norms_only:
             from cn_hf.hub.timm_models import timm_config
 
@@ -388,6 +391,8 @@ def push_to_hub(
         ConfigError: the base model could not be built again from its description.
         PatchError: the model is not patched.
     """
+    if not isinstance(repo_id, str):
+        raise InputTypeError(f"repo_id must be a string, received {repo_id!r}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,

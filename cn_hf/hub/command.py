@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cn_hf.errors import ConfigError, DatasetFileError
 from cn_hf.printing import for_terminal
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["inspect", "predict", "push"]
 
@@ -95,6 +98,7 @@ def predict(
 
     images = find_images(paths)
     model = from_pretrained(checkpoint, revision=revision, subfolder=subfolder, token=token, device=device)
+    _check_run(model, Path(checkpoint) / subfolder)
     contexts: list[str | None] = [*context] if context else [None]
     if all_contexts:
         router = router_of(model)
@@ -120,3 +124,19 @@ def predict(
         shown = "\n".join(f"  {error}" for error in unreadable[:_MOST_NAMED])
         more = f"\n  and {len(unreadable) - _MOST_NAMED} more" if len(unreadable) > _MOST_NAMED else ""
         raise DatasetFileError(f"{len(unreadable)} of {len(images)} images were left out:\n{shown}{more}")
+
+
+def _check_run(model: nn.Module, folder: Path) -> None:
+    """Raise ``ConfigError`` if a checkpoint older than the field ``task`` lies in the folder of a Siamese run."""
+    from cn_hf.hub.inspection import results_file_of
+    from cn_hf.hub.publish import SIAMESE, kind_of_run, read_results
+    from cn_hf.patching.routing import router_of
+
+    if (
+        router_of(model).task is None
+        and (file := results_file_of(folder))
+        and kind_of_run(read_results(file)) == SIAMESE
+    ):
+        raise ConfigError(
+            f"Expected a classifier, received the network of a Siamese run ({file}). Give another checkpoint."
+        )

@@ -112,8 +112,13 @@ def _slots(description: Description, folder: Path) -> str:
     return f"parameters: {own:,} and {added:,} added, in {len(report)} slots\n{report}"
 
 
+def results_file_of(folder: Path) -> Path | None:
+    """Return the results file of a checkpoint's run: beside the checkpoint, or in the folder above; None without."""
+    return next((file for file in (folder / RESULTS, folder.parent / RESULTS) if file.is_file()), None)
+
+
 def _results(folder: Path) -> str:
-    file = next((f for f in (folder / RESULTS, folder.parent / RESULTS) if f.is_file()), None)
+    file = results_file_of(folder)
     if file is None:
         return ""
     results = read_results(file)

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from cn_hf.contexts import ContextSource
 from cn_hf.contexts.storage import CONFIG_FILE as SOURCE_FILE
 from cn_hf.errors import CheckpointError, PatchError
-from cn_hf.files import sha256_of
+from cn_hf.files import as_path, sha256_of
 from cn_hf.hub.base_model import describe_base
 from cn_hf.hub.base_weights import base_fingerprint, base_origin
 from cn_hf.hub.description import SOURCE_FOLDER, Description, context_source_of
@@ -79,6 +79,7 @@ def check_savable(model: nn.Module) -> None:
 def writing_to(path: Path) -> Iterator[None]:
     """An OSError in the block becomes a CheckpointError that names the folder; a CheckpointError stays as it is."""
     try:
+        as_path(path)
         yield
     except CheckpointError:
         raise

@@ -30,7 +30,8 @@ with suppress(ImportError):
 SAVED = ".cn_hf-saved"
 _SAVING = ".cn_hf-saving-"
 _OWN_FILES = re.compile(
-    r"(model(-\d{5}-of-\d{5})?|context_norm|context_moments)\.safetensors|model\.safetensors\.index\.json|context_source/[^/]+"
+    r"((patched_)?model(-\d{5}-of-\d{5})?|context_norm|context_moments)\.safetensors"
+    r"|(patched_)?model\.safetensors\.index\.json|context_source/[^/]+"
 )
 """Files of a checkpoint that another reader would take for the new one's, if the new one has none of that name."""
 

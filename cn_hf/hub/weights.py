@@ -25,6 +25,7 @@ from cn_hf.files import check_regular, read_json, sha256_of, write_json, written
 __all__ = [
     "INDEX_FILE",
     "NORMS_FILE",
+    "PATCHED_FILE",
     "WEIGHTS_FILE",
     "check_shard_size",
     "check_weights",
@@ -40,6 +41,8 @@ __all__ = [
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 NORMS_FILE = "context_norm.safetensors"
+PATCHED_FILE = "patched_model.safetensors"
+"""Weights of a ``PyTorchModelHubMixin``, whose own loader would take ``model.safetensors`` for a plain model's."""
 _LONGEST_HEADER = 1 << 24  # bytes, of 150,000 tensors
 _DTYPES = {
     "F64": torch.float64,

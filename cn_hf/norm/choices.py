@@ -11,6 +11,8 @@ from cn_hf.errors import ConfigError, ConfigTypeError, nearest
 
 __all__ = ["CHOICES", "check_choice", "check_flag", "check_integer", "check_number", "check_place"]
 
+_MOST = 2**31 - 1  # of any size: beyond it torch fails in its own words, or tries to allocate petabytes
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "parametrization": ("embedder", "table"),
     "variance_activation": ("softplus", "exp"),
@@ -40,9 +42,9 @@ def check_flag(option: str, value: Any) -> None:
 
 def check_place(device: Any, dtype: Any) -> None:
     """Raise ``ConfigError`` unless parameters can be on ``device`` and of ``dtype``; None is torch's default."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         kind = ConfigError if isinstance(dtype, torch.dtype) else ConfigTypeError
-        raise kind(f"dtype must be a floating point torch.dtype, received {dtype!r}.")
+        raise kind(f"dtype must be a floating point torch.dtype of 16 bits or more, received {dtype!r}.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -50,11 +52,12 @@ def check_place(device: Any, dtype: Any) -> None:
 
 
 def check_integer(option: str, value: Any, least: int) -> None:
-    """Raise ``ConfigError`` unless ``value`` is an integer of at least ``least``; ``ConfigTypeError`` for its type."""
+    """Raise ``ConfigError`` unless ``value`` is an integer from ``least`` to 2**31 - 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigTypeError(f"{option} must be an integer of at least {least}, received {value!r}.")
-    if value < least:
-        raise ConfigError(f"{option} must be at least {least}, received {value}.")
+    if not least <= value <= _MOST:
+        limit = f"at least {least}" if value < least else f"at most {_MOST}"
+        raise ConfigError(f"{option} must be {limit}, received {value}.")
 
 
 def check_number(option: str, value: Any, most: float, *, inclusive: bool) -> None:

@@ -42,6 +42,9 @@ def check_features(norm: Any, x: Tensor) -> None:
     """Raise ``InputShapeError`` unless ``x`` is a batch with the features of ``norm`` along its feature axis."""
     if not isinstance(x, Tensor):
         raise InputTypeError(f"{type(norm).__name__} takes a tensor, received {type(x).__name__}.")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise InputTypeError(f"{type(norm).__name__} takes a dense tensor, received a {kind} one. Pass x.to_dense().")
     dims, axis = x.dim(), norm.feature_dim
     if dims < 2 or not -dims < axis < dims or x.shape[axis] != norm.num_features:
         raise InputShapeError(

@@ -279,7 +279,7 @@ def _could_be_labels(given: Any) -> bool:
         return False
     if isinstance(given, Sequence):
         return bool(given) and not isinstance(given[0], str)
-    return not torch.as_tensor(given).is_floating_point()
+    return not as_tensor(given, None).is_floating_point()
 
 
 def _warn_of_labels(*, from_loader: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -178,6 +178,8 @@ def per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ConfigError: ``values`` are no finite numbers, or, as ``"std"``, not positive.
     """
+    if isinstance(values, (bytes, bytearray, Set, Mapping)):  # have no order, or are no numbers
+        raise ConfigError(f"{name} must be a list of one number a channel, received {values!r}.")
     try:
         numbers = tuple(float(value) for value in values if not isinstance(value, (bool, str)))
         usable = len(numbers) == len(values) > 0 and all(math.isfinite(number) for number in numbers)

@@ -26,7 +26,15 @@ from cn_hf.patching.routing import (
 )
 from cn_hf.patching.swapped import has_other_forward, own_class, swap_class
 
-__all__ = ["SlotReport", "apply_inference", "context_parameters", "patch_model", "patch_report", "unpatch_model"]
+__all__ = [
+    "SlotReport",
+    "WithoutOwnSaving",
+    "apply_inference",
+    "context_parameters",
+    "patch_model",
+    "patch_report",
+    "unpatch_model",
+]
 
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's reparameterize_model calls
 _UNHOOK = "Take accelerate's hooks off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
@@ -345,6 +353,8 @@ def unpatch_model(model: M) -> M:
     Raises:
         PatchError: the model is not patched, is a part of one that is, or is hooked by accelerate.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"unpatch_model expects a torch.nn.Module, received {type(model).__name__}.")
     if not isinstance(model, RoutedModel):
         _check_has_no_root(model)
     for name, module in model.named_modules():
