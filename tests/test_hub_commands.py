@@ -309,3 +309,12 @@ def test_push_publishes_what_the_dry_run_lists(runs, picture, tmp_path):
         wrong = command("predict", "tester/run", picture, "--context", "dusk")
         assert wrong.returncode == 1
         assert wrong.stderr.startswith("error: unknown context 'dusk'")
+
+
+def test_predict_refuses_a_siamese_checkpoint_older_than_its_task(picture, tmp_path):
+    cn_hf.save_pretrained(cn_hf.patch_model(timm.create_model("test_vit", num_classes=4)), tmp_path / "checkpoint")
+    (tmp_path / "results.json").write_text(json.dumps({"networks": {"cn": {}}, "held_out_split": "test"}))
+    for place in (tmp_path, "checkpoint"), (tmp_path / "checkpoint", ""):
+        result = CliRunner().invoke(app, ["predict", str(place[0]), str(picture), "--subfolder", place[1]])
+        assert isinstance(result.exception, ConfigError)
+        assert "Siamese" in str(result.exception)

@@ -57,7 +57,7 @@ def test_an_unpatched_model_saves_as_before(tmp_path):
 
 def test_its_class_does_not_load_the_weights_as_a_plain_model(tmp_path):
     cn_hf.save_pretrained(patched(), tmp_path)
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         Net.from_pretrained(tmp_path, width=4)
 
 

@@ -72,7 +72,7 @@ class ClusterOptions:
             if getattr(self, name) not in known:
                 raise ConfigError(f"Unknown {name} {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known)}")
         for name in ("num_contexts", "n_init", "max_iterations", "pca_components"):
-            check_number(name, getattr(self, name), least=1, integer=True)
+            check_number(name, getattr(self, name), least=1, below=2**31, integer=True)
         if self.fit_samples is not None:
             check_number("fit_samples", self.fit_samples, least=1, integer=True)
         check_number("seed", self.seed, least=0, below=2**63, integer=True)

@@ -103,9 +103,9 @@ def save_pretrained(
         PatchError: the model is not patched; or its weights are sharded, quantised or computed.
     """
     path = as_path(folder)
-    if not isinstance(model_args, (Mapping, type(None))) or not isinstance(base_id, (str, type(None))):
-        wrong = f"{model_args!r} and {base_id!r}"
-        raise InputTypeError(f"model_args must be a mapping and base_id a string (or None), received {wrong}.")
+    given: tuple[Any, Any] = (model_args, base_id)
+    if not all(value is None or isinstance(value, kind) for value, kind in zip(given, (Mapping, str), strict=True)):
+        raise InputTypeError(f"model_args must be a mapping and base_id a string (or None), received {given!r}.")
     check_shard_size(max_shard_size)
     source = context_source_of(model, context_source)
     check_savable(model)

@@ -55,7 +55,7 @@ def check_integer(option: str, value: Any, least: int) -> None:
     """Raise ``ConfigError`` unless ``value`` is an integer from ``least`` to 2**31 - 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigTypeError(f"{option} must be an integer of at least {least}, received {value!r}.")
-    if not least <= value <= _MOST:
+    if value < least or int(value) > _MOST:
         limit = f"at least {least}" if value < least else f"at most {_MOST}"
         raise ConfigError(f"{option} must be {limit}, received {value}.")
 

@@ -49,7 +49,7 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype statistics are computed in: the widest of ``tensors``, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:  # torch has no arithmetic in 8 bits
             raise InputTypeError(
                 f"Expected floating point activations, received {tensor.dtype}. Convert images first: x.float() / 255."
             )
