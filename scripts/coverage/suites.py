@@ -45,8 +45,18 @@ CHUNK = 12
 """Models a process: their memory is given back between."""
 CRASHED, PASSED, FAILED = "crashed", "passed", "failed"
 
-IMPOSSIBLE: dict[str, str] = {}
-"""Tests, or beginnings of their names, that ask for what no patched model can give -> why."""
+IMPOSSIBLE: dict[str, str] = {
+    "test_base_model_prefix_loads_base_weights": "it builds the plain base class from the config of a patched model, "
+    "and so saves files that promise contexts which they lack",
+    "test_model_weights_reload_no_missing_tied_weights": "it puts other weights in the place of a checkpoint's, which "
+    "the checksums of patched checkpoints refuse",
+}
+"""Functions of tests that ask for what no patched model can give -> why."""
+OPEN: dict[str, str] = {
+    "test_correct_missing_keys": "the base model inside a patched one, saved alone, has the config of a plain model: "
+    "save the whole, which loads as the base model too",
+}
+"""Functions of tests that fail only patched, though they need not -> why."""
 
 
 class Results:
@@ -75,7 +85,7 @@ class Results:
     def lost(self) -> list[str]:
         """Tests that pass unpatched and do not patched, by name."""
         patched = self.outcomes(patched=True)
-        return sorted(test for test, row in patched.items() if row["outcome"] != PASSED)
+        return sorted(test for test, row in patched.items() if row["outcome"] in (FAILED, CRASHED))
 
 
 def run_suite(
@@ -85,6 +95,7 @@ def run_suite(
     *,
     words: str = "",
     deadline: float = float("inf"),
+    again: bool = False,
     chunks: Sequence[list[str] | None] | None = None,
 ) -> None:
     """Run what ``results`` lacks.
@@ -95,6 +106,7 @@ def run_suite(
         results: where outcomes go.
         words: run tests whose names hold this alone, as pytest's ``-k``.
         deadline: ``time.time()`` after which no further test starts.
+        again: True to run tests again that failed.
         chunks: models whose tests share a process, with ``""`` for tests of none in particular; by default those of
             the coverage table for timm, and all tests at once for others.
     """
@@ -102,7 +114,8 @@ def run_suite(
         chunks = _chunks() if library == "timm" else [None]
     for models in chunks:
         for patch in (False, True):
-            _run_chunk(library, checkout, results, models=models, patch=patch, words=words, deadline=deadline)
+            run = {"models": models, "patch": patch, "words": words, "deadline": deadline, "again": again}
+            _run_chunk(library, checkout, results, **run)
 
 
 def _run_chunk(
@@ -114,10 +127,13 @@ def _run_chunk(
     patch: bool,
     words: str,
     deadline: float,
+    again: bool,
 ) -> None:
     file, options = SUITES[library]
     while time.time() < deadline:
         done = results.outcomes(patched=patch)
+        if again:
+            done = {test: row for test, row in done.items() if row["outcome"] != FAILED}
         passed = [test for test, row in results.outcomes(patched=False).items() if row["outcome"] == PASSED]
         if patch and not set(passed) - done.keys():
             return
@@ -141,8 +157,9 @@ def _run_chunk(
         ).returncode
         if code in (2, 3, 4):
             raise SystemExit(f"pytest could not run the tests of {checkout} (exit code {code}): {' '.join(command)}")
-        if code >= 0 or len(results.outcomes(patched=patch)) == len(done):
-            return  # else a signal ended the process at one test: go on after it
+        if code >= 0 or results.outcomes(patched=patch).keys() == done.keys():
+            return
+        again = False  # a signal ended the process at one test: go on after it
 
 
 def _chunks() -> list[list[str]]:
@@ -186,7 +203,7 @@ def write_results(results: Mapping[str, Results], folder: Path) -> Path:
 
 
 def _function(test: str) -> str:
-    return test.partition("[")[0]
+    return test.rpartition("::")[2].partition("[")[0]
 
 
 def _counts(function: str, plain: Mapping[str, Any], patched: Mapping[str, Any]) -> dict[str, int]:
@@ -198,10 +215,6 @@ def _counts(function: str, plain: Mapping[str, Any], patched: Mapping[str, Any])
         "patched": len(passed),
         "plain": sum(not row["models"] for row in passed),
     }
-
-
-def _reason(test: str) -> str:
-    return next((reason for name, reason in IMPOSSIBLE.items() if test.startswith(name)), "")
 
 
 def _markdown(table: Mapping[str, Any]) -> str:
@@ -228,14 +241,18 @@ def _markdown(table: Mapping[str, Any]) -> str:
             "",
             markdown_table(
                 ["test", "run", "passed", "patched", "plain"],
-                [[f"`{name}`", *map(str, counts.values())] for name, counts in found["tests"].items()],
+                [
+                    [f"`{name}`", *map(str, counts.values())]
+                    for name, counts in found["tests"].items()
+                    if counts["passed"]
+                ],
             ),
         ]
         for title, wanted in (("Impossible in principle", True), ("Fails only patched", False)):
-            tests = {test: message for test, message in found["lost"].items() if bool(_reason(test)) is wanted}
+            tests = {test: words for test, words in found["lost"].items() if (_function(test) in IMPOSSIBLE) is wanted}
+            reasons = {test: (IMPOSSIBLE | OPEN).get(_function(test), words) for test, words in tests.items()}
             if tests:
-                words = [f"- `{test}`: {_reason(test) or message}" for test, message in tests.items()]
-                lines += ["", f"### {title}", "", *words]
+                lines += ["", f"### {title}", "", *(f"- `{test}`: {words}" for test, words in reasons.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -248,6 +265,7 @@ def main(
     checkout: Annotated[Path, typer.Argument(help="Folder of the library's source, with its tests.")],
     words: Annotated[str, typer.Option("--filter", help="Run tests of these names alone, as pytest's -k.")] = "",
     rows: Annotated[Path, typer.Option(help="Folder of JSON lines, a file a library.")] = Path("runs/suites"),
+    again: Annotated[bool, typer.Option("--again", help="Run tests again that failed.")] = False,
     minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 120,
     output: Annotated[Path, typer.Option(help="Folder of suites.md and suites.json.")] = RESULTS,
 ) -> None:
@@ -257,8 +275,8 @@ def main(
     if not (checkout / "tests").is_dir():
         raise typer.BadParameter(f"Expected a folder with tests, received {checkout}.")
     results = Results(rows / f"{library}.jsonl")
-    run_suite(library, checkout, results, words=words, deadline=time.time() + 60 * minutes)
-    lost = [test for test in results.lost() if not _reason(test)]
+    run_suite(library, checkout, results, words=words, deadline=time.time() + 60 * minutes, again=again)
+    lost = [test for test in results.lost() if _function(test) not in IMPOSSIBLE]
     for test in lost:
         typer.echo(f"{test}: {results.outcomes(patched=True)[test]['message']}")
     typer.echo(f"{len(lost)} tests fail only patched. Written: {write_results({library: results}, output)}")

@@ -20,6 +20,8 @@ from scripts.coverage.suite_plugin import checkout_module, patched
 from scripts.coverage.transformers_models import TRANSFORMERS
 
 FAMILIES = ("vit", "deit", "swin", "convnext", "dinov2", "resnet", "beit", "siglip_vision")
+TOKENS = {"deit": 2, "siglip_vision": 0}
+"""Tokens besides the patches; one elsewhere."""
 WITHOUT_ATTENTION = ("convnext", "resnet")
 
 for missing, mixin in (
@@ -39,12 +41,12 @@ class _ModelTester:
     is_training = True
     batch_size = 3
 
-    def __init__(self, config: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, config: Any, inputs: dict[str, Any], tokens: int) -> None:
         self.config, self.inputs = config, inputs
         size = inputs["pixel_values"].shape[-1]
         patch = getattr(config, "patch_size", None)
         self.mask_length = 0 if patch is None else (size // patch) ** 2
-        self.seq_length, self.num_masks = self.mask_length + 1, self.mask_length // 2
+        self.seq_length, self.num_masks = self.mask_length + tokens, self.mask_length // 2
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
             if hasattr(config, name):
                 setattr(self, name, getattr(config, name))
@@ -60,7 +62,8 @@ def _case(family: str, model_class: Any, config: Any, inputs: dict[str, Any]) ->
     model = patched(model_class(config))
 
     def set_up(self: Any) -> None:
-        self.model_tester = _ModelTester(written_config(model) if model_class is not type(model) else config, inputs)
+        own = config if type(model) is model_class else written_config(model)
+        self.model_tester = _ModelTester(own, inputs, TOKENS.get(family, 1))
 
     namespace = {
         "all_model_classes": (type(model),),
