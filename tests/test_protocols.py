@@ -21,6 +21,7 @@ from cn_hf.contexts import BrightnessContexts, ColumnContexts, RuleContexts
 from cn_hf.data import DeviceBatches
 from cn_hf.errors import CnHfError, ConfigError, ContextIdError, DatasetError, InputTypeError, PatchError
 from cn_hf.evaluation import evaluate_protocols
+from cn_hf.evaluation.batch_statistics import batch_statistics
 
 NUM_CLASSES = 6
 Batches = list[dict[str, Tensor]]
@@ -122,11 +123,21 @@ def test_every_row_equals_a_slow_loop() -> None:
         expected["CN+ (learned, none)"] = torch.cat([probe(x) for x in one_by_one])
         cn_hf.set_inference(probe, "cn+", plus_stats="batch", plus_scale="sqrt_t")
         expected["CN+ (batch, sqrt_t)"] = torch.cat([probe(part) for part in images.split(16)])
+        with batch_statistics(probe):
+            expected["batch statistics, mixed"] = torch.cat([probe(part) for part in images.split(16)])
+            parts = []
+            for part, of in zip(images.split(16), ids.split(16), strict=True):
+                found = torch.empty(len(of), NUM_CLASSES)
+                for context in of.unique():
+                    found[of == context] = probe(part[of == context], context_ids=of[of == context])
+                parts.append(found)
+            expected["batch statistics, one context"] = torch.cat(parts)
         softmax = [with_ids(torch.full_like(ids, context)).softmax(dim=1) for context in (0, 1)]
         expected["average"] = (softmax[0] + softmax[1]) / 2
         expected["baseline"] = torch.cat([baseline(x) for x in one_by_one])
     assert [row.name for row in report] == [
-        "true contexts", "CN+ (batch, sqrt_t)", "CN+ (learned, none)", "predict", "average", "shuffled contexts",
+        "true contexts", "CN+ (batch, sqrt_t)", "CN+ (learned, none)", "predict", "average",
+        "batch statistics, mixed", "batch statistics, one context", "shuffled contexts",
         "context-only floor", "masked baseline", "baseline",
     ]  # fmt: skip
     for name, logits in expected.items():
@@ -234,7 +245,7 @@ def test_report_goes_to_json() -> None:
     values = json.loads(json.dumps(report.to_dict()))
     assert values["rows"][0]["top_1"] == report["true contexts"].accuracy(1)
     assert values["rows"][3]["unavailable"].startswith("inference=")
-    assert len(report) == len(values["rows"]) == 9
+    assert len(report) == len(values["rows"]) == 11
 
 
 # -------------------------------------------------------------------------------------------------- rows that cannot be
@@ -287,7 +298,8 @@ def test_without_context_ids() -> None:
     report = _evaluate(
         _patched(), batches, class_counts=_counts(data["labels"], data["context_ids"]), baseline=_convnet()
     )
-    for name in ("true contexts", "shuffled contexts", "context-only floor", "masked baseline"):
+    for name in ("true contexts", "shuffled contexts",
+        "context-only floor", "masked baseline"):
         assert report[name].unavailable == "the test set has no context_ids"
     for name in ("CN+ (learned, none)", "average", "baseline"):
         assert report[name].available
@@ -590,6 +602,7 @@ from processes import leave
 from test_protocols import _batches, _convnet, _counts, _data, _patched
 from cn_hf.contexts import BrightnessContexts
 from cn_hf.evaluation import evaluate_protocols
+from cn_hf.evaluation.batch_statistics import batch_statistics
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes

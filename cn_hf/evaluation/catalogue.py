@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cn_hf.errors import ConfigError, ContextSourceError
+from cn_hf.evaluation.batch_statistics import batch_statistics, has_batch_norms
 from cn_hf.evaluation.leak import mask_to_context
 from cn_hf.evaluation.networks import logits_of, network_device
 from cn_hf.evaluation.passes import Batch, Protocol
@@ -27,6 +28,7 @@ __all__ = [
     "PAPERS_AND_OURS",
     "Scorer",
     "averaged",
+    "batch_norms",
     "fixed_context",
     "leak_check",
     "plus",
@@ -180,6 +182,49 @@ def averaged(score: Scorer, network: nn.Module, max_contexts: int) -> Protocol:
             f"it takes a forward for each of the {num_contexts} contexts; raise max_average_contexts to run it"
         )
     return protocol
+
+
+def batch_norms(score: Scorer, network: nn.Module) -> list[Protocol]:
+    """Batch norms that take the statistics of the test batch, mixed or of one context; none where there are none."""
+    if not has_batch_norms(network):
+        return []
+
+    def mixed(batch: Batch) -> Tensor:
+        set_inference(network, "cn+")  # of slots that are no batch norms
+        with batch_statistics(network):
+            return score.unknown(network, batch)
+
+    def one_context(batch: Batch) -> Tensor:
+        ids = cast(Tensor, batch.context_ids)  # the pass skips protocols whose contexts are missing
+        logits: Tensor | None = None
+        with batch_statistics(network):
+            for context in ids.unique().tolist():
+                chosen = ids == context
+                part = Batch(
+                    images=batch.images[chosen], labels=batch.labels[chosen], context_ids=ids[chosen], index=None
+                )
+                found = score.known(network, part)
+                logits = found.new_empty(len(ids), found.shape[1]) if logits is None else logits
+                logits[chosen.to(found.device)] = found
+        return score.known(network, batch) if logits is None else logits  # None: an empty batch
+
+    return [
+        Protocol(
+            name="batch statistics, mixed",
+            kind="deployable",
+            explanation="no contexts given; batch norms take the statistics of each test batch (up to {batch} samples "
+            "of any contexts), so the result depends on what else is in it.",
+            scores=mixed,
+        ),
+        Protocol(
+            name="batch statistics, one context",
+            kind="control",
+            explanation="batch norms take the statistics of the samples of one context in each test batch (of up to "
+            "{batch} samples), which needs true contexts and many samples of each.",
+            scores=one_context,
+            needs_contexts=True,
+        ),
+    ]
 
 
 def shuffled(score: Scorer, network: nn.Module) -> Protocol:

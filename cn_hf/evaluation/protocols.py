@@ -22,6 +22,7 @@ from cn_hf.evaluation.catalogue import (
     PAPERS_AND_OURS,
     Scorer,
     averaged,
+    batch_norms,
     fixed_context,
     leak_check,
     plus,
@@ -124,6 +125,7 @@ def evaluate_protocols(
             protocols += [plus(score, network, stats, scale) for stats, scale in _checked_pairs(plus_settings)]
             protocols.append(predicted(score, network, source, mean, std))
             protocols.append(averaged(score, network, max_average_contexts))
+            protocols += batch_norms(score, network)
         records = test_set.run([*protocols, *leak_rows])
         if network is not None:
             wrong, records = _run_shuffled(score, network, test_set, records, seed)
