@@ -198,7 +198,7 @@ def batch_norms(score: Scorer, network: nn.Module) -> list[Protocol]:
         ids = cast(Tensor, batch.context_ids)  # the pass skips protocols whose contexts are missing
         logits: Tensor | None = None
         with batch_statistics(network):
-            for context in ids.unique().tolist():
+            for context in sorted(set(ids.tolist())):
                 chosen = ids == context
                 part = Batch(
                     images=batch.images[chosen], labels=batch.labels[chosen], context_ids=ids[chosen], index=None
