@@ -73,12 +73,15 @@ def set_inference(
         The model.
 
     Raises:
-        ConfigError: an option is unknown, or the source does not fit the model.
+        ConfigError: an option is unknown, none is given, or the source does not fit the model.
         ContextIdError: there is no such context.
         PatchError: the model is not patched; or norms without stored statistics lack moments to track a context by.
             Whatever the error, the model is unchanged.
     """
     router = router_of(model)
+    given = inference, source, unknown, plus_stats, plus_scale, plus_posterior, track_contexts, mean, std
+    if all(value is None for value in given) and track == "keep":
+        raise ConfigError(f"Expected an inference or another option, received none. Give one of {INFERENCE}.")
     if inference is not None:
         check_choice("inference", inference, INFERENCE)
     options = {
