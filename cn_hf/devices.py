@@ -1,4 +1,4 @@
-"""What this machine computes on: devices by the names users give, CPU cores, torch's threads."""
+"""The devices of this machine by the names users give, its CPU cores and torch's threads."""
 
 from __future__ import annotations
 

@@ -298,8 +298,7 @@ def test_without_context_ids() -> None:
     report = _evaluate(
         _patched(), batches, class_counts=_counts(data["labels"], data["context_ids"]), baseline=_convnet()
     )
-    for name in ("true contexts", "shuffled contexts",
-        "context-only floor", "masked baseline"):
+    for name in ("true contexts", "shuffled contexts", "context-only floor", "masked baseline"):
         assert report[name].unavailable == "the test set has no context_ids"
     for name in ("CN+ (learned, none)", "average", "baseline"):
         assert report[name].available

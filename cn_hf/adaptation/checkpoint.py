@@ -36,7 +36,7 @@ _PROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
-    """How far a context's statistics lie from the reference's: medians over the features of each slot.
+    """The distance of a context's statistics from the reference's: medians over the features of each slot.
 
     Attributes:
         shifts: ``|difference of means| / sigma of the reference``, by slot.

@@ -1,4 +1,4 @@
-"""Where context ids come from: sources that add a column ``context_ids`` to a dataset. Start reading in ``base``."""
+"""Sources of context ids: they add a column ``context_ids`` to a dataset. Start reading in ``base``."""
 
 from __future__ import annotations
 

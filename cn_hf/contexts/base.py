@@ -1,4 +1,4 @@
-"""What every context source is: names, fit on the training split, apply to any split, predict, save, load.
+"""The base of every context source: names, fit on the training split, apply to any split, predict, save, load.
 
 A source says which context each sample of a dataset belongs to: it adds an int64 ``ClassLabel`` column
 ``context_ids``. Most differ in three hooks only: what they fit, which columns they read, and how a batch of those
@@ -142,12 +142,12 @@ class ContextSource(ABC):
 
     @property
     def num_contexts(self) -> int:
-        """How many contexts there are (``T``)."""
+        """The number of contexts ``T``."""
         return len(self.names)
 
     @property
     def fitted(self) -> bool:
-        """Whether the source can name contexts now."""
+        """True if the source can name contexts now."""
         return self._names is not None
 
     def fit(self, dataset: DatasetLike) -> Self:
@@ -189,7 +189,7 @@ class ContextSource(ABC):
 
     @property
     def can_predict(self) -> bool:
-        """Whether ``predict`` can tell contexts from pixels."""
+        """True if ``predict`` can tell contexts from pixels."""
         return type(self).predict is not ContextSource.predict
 
     def predict(self, images: Any) -> Tensor:
@@ -273,7 +273,7 @@ class ContextSource(ABC):
         """The split with its ids added."""
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What ``save`` writes besides type and names: JSON values and tensors."""
+        """Return the values that ``save`` writes besides type and names: JSON values and tensors."""
         return {}, {}
 
     @classmethod

@@ -190,7 +190,7 @@ class _Resize:
         }
 
     def needed(self, split: datasets.Dataset) -> bool:
-        """Whether any image has another size; reads headers only."""
+        """True if any image has another size; reads headers only."""
         column = self.blend.image_column
         for rows, batch in raw_batches(split, [column], 256):
             if not all(self._fits(value, row) for value, row in zip(batch[column], rows, strict=True)):

@@ -373,7 +373,7 @@ class ClusterContexts(ImageContextSource):
         return clustering, sizes
 
     def _vectors_of(self, pixels: Tensor, rows: Sequence[int], stem: Stem | None) -> Tensor:
-        """What is clustered of images, before projection and scale."""
+        """Return the features of images that are clustered, before projection and scale."""
         try:
             if stem is not None:
                 return stem.statistics(stem.standardised(pixels))

@@ -1,4 +1,4 @@
-"""What sources that look at pixels have in common: which column, which mode and size, and one path for all of them.
+"""The base of sources that look at pixels: column, mode and size, and one path for all of them.
 
 Images of a dataset, of a stream, and those given to ``predict`` go through the same conversions and the same function
 of uint8 pixels, so that ``predict`` agrees with ``apply``.
@@ -63,7 +63,7 @@ class ImageContextSource(RowContextSource):
 
     batch_size: ClassVar[int] = 32  # photographs may take 40 MB each
     one_size: ClassVar[bool] = True
-    """Whether all images must have one size."""
+    """True if all images must have one size."""
 
     @accepts_image_size
     def __init__(

@@ -324,7 +324,7 @@ def _check_same_kind(origins: Mapping[str, DatasetLike]) -> None:
 def _describe_origin(
     index: int, split: Split, labels: str, image_column: str | None, label_column: str | None
 ) -> Origin:
-    """What is known of an origin before it is numbered among the others: its columns and classes."""
+    """The facts of an origin before it is numbered among the others: its columns and classes."""
     features = features_of(split)
     find_image_column(features, image_column)
     categories = None

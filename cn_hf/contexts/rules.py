@@ -89,7 +89,7 @@ class RuleContexts(RowContextSource):
 
     @property
     def can_predict(self) -> bool:
-        """Whether the rule is ``on="image"``."""
+        """True if the rule is ``on="image"``."""
         return self.on == "image"
 
     def predict(self, images: Any) -> Tensor:
@@ -230,7 +230,7 @@ class BrightnessContexts(ImageContextSource):
 
     @property
     def fitted(self) -> bool:
-        """Whether there is a threshold, given or found."""
+        """True if there is a threshold, given or found."""
         return self._threshold is not None
 
     @property

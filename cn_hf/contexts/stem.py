@@ -157,7 +157,7 @@ class Stem:
         return out
 
     def config(self) -> dict[str, Any]:
-        """What is saved as JSON; ``tensors`` are saved beside it."""
+        """Return the part that is saved as JSON; ``tensors`` are saved beside it."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

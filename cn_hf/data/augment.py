@@ -118,7 +118,7 @@ class Augmentation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether images come out as they went in."""
+        """True if images come out as they went in."""
         return self.config == AugmentationConfig()
 
     def evaluation(self) -> Augmentation:

@@ -1,4 +1,4 @@
-"""Which rows make up each batch of an epoch, and which of them each process takes: functions of seed and epoch alone.
+"""The rows of each batch of an epoch, and those of each process: functions of seed and epoch alone.
 
 Shapes: N images in all.
 """

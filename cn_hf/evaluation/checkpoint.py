@@ -44,7 +44,7 @@ CONTEXT_SPECS = ("none", "column:NAME", "folder", "source")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointEvaluation:
-    """What was found.
+    """The findings.
 
     Attributes:
         report: of the images whose contexts the checkpoint knows; of all images, without contexts, if there are none.
@@ -202,7 +202,7 @@ def check_results_folder(folder: Path) -> None:
 
 
 class _Reading:
-    """How the data is read for one model: columns, classes by name, contexts by name, preprocessing."""
+    """The reading of data for one model: columns, classes by name, contexts by name, preprocessing."""
 
     def __init__(
         self, model: nn.Module, spec: str, image_column: str | None, label_column: str | None, batch_size: int

@@ -1,4 +1,4 @@
-"""What produced a number: hardware, library versions and the command, for every results file.
+"""The origin of a number: hardware, library versions and the command, for every results file.
 
 Nothing that names a machine or a user is recorded: of a path outside the working folder only its last part stays.
 """

@@ -94,7 +94,7 @@ def leak_finding(class_counts: Tensor | None) -> str:
 def _masked_baseline_findings(
     rows: Sequence[ProtocolRow], right: Mapping[str, Tensor], k: int, *, depends: bool | None
 ) -> list[str]:
-    """Whether CN with true contexts beats each masked baseline."""
+    """True if CN with true contexts beats each masked baseline."""
     true = next((row.name for row in rows if row.kind == "true contexts" and row.available), None)
     if true is None:
         return []
@@ -113,7 +113,7 @@ def _masked_baseline_findings(
 
 
 def _without_contexts_findings(rows: Sequence[ProtocolRow], right: Mapping[str, Tensor], k: int) -> list[str]:
-    """What is lost where the true contexts are not given."""
+    """Sentences on the accuracy that is lost where the true contexts are not given."""
     true = next((row.name for row in rows if row.kind == "true contexts" and row.available), None)
     if true is None:
         return []

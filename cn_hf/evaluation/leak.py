@@ -53,13 +53,13 @@ def checked_class_counts(class_counts: Any, *, num_classes: int, num_contexts: i
 
 
 def context_depends_on_label(class_counts: Tensor) -> bool:
-    """Whether every class occurs in one context only, and the classes fall into two contexts or more."""
+    """True if every class occurs in one context only, and the classes fall into two contexts or more."""
     occurs = class_counts > 0
     return bool((occurs.sum(dim=0) <= 1).all() and occurs.any(dim=1).sum() > 1)
 
 
 def label_bits(class_counts: Tensor) -> tuple[float, float]:
-    """What the context tells of the class in training: (mutual information, entropy of the class), in bits."""
+    """Return (mutual information of context and class, entropy of the class) in training, in bits."""
     joint = class_counts.double() / class_counts.sum()
     classes, contexts = joint.sum(dim=0), joint.sum(dim=1)
     entropy = _entropy(classes)

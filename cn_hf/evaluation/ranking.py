@@ -1,4 +1,4 @@
-"""Where the true class stands among a classifier's scores: the one tie rule behind every top-k figure.
+"""The rank of the true class among a classifier's scores: the one tie rule behind every top-k figure.
 
 Metrics and protocols count with it, so that a top-1 of one never differs from an accuracy of the other.
 
@@ -35,7 +35,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def top_k_correct(ranks: Tensor, num_classes: int, k: int) -> Tensor:
-    """Whether the true class is among the k highest scores; ``k`` beyond the number of classes asks for all of them.
+    """True if the true class is among the k highest scores; ``k`` beyond the number of classes asks for all of them.
 
     Args:
         ranks: (N,) ranks of the true class from :func:`label_ranks`.

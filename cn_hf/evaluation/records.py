@@ -1,4 +1,4 @@
-"""What each test sample gave, gathered over processes so that every sample is counted once.
+"""The outcome of each test sample, gathered over processes so that every sample is counted once.
 
 Each process keeps its own samples' outcomes and they are gathered once, at the end: no process waits for another
 between batches, so shares may be uneven. Samples that a sharding loader repeats to fill its last batch are recognised

@@ -1,4 +1,4 @@
-"""What an honest evaluation found: one row per protocol, and the sentences that read them together.
+"""The report of an honest evaluation: one row per protocol, and the sentences that read them together.
 
 A *protocol* is a way to use a network at test time: with the true contexts, without any, with wrong
 ones, or as a baseline. Rows hold counts, not rates, so that nothing is lost in rounding.
@@ -56,7 +56,7 @@ class ProtocolRow:
 
     @property
     def available(self) -> bool:
-        """Whether the protocol could be run."""
+        """True if the protocol could be run."""
         return self.unavailable is None
 
     def accuracy(self, k: int = 1, *, context: str | None = None) -> float | None:

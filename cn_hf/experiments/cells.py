@@ -42,24 +42,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What ``--only`` takes."""
+        """The name that ``--only`` takes."""
         return f"{self.row}.{self.column}.seed{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """The folder that the run writes into."""
         assert self.config.output_dir is not None
         return Path(self.config.output_dir)
 
     @property
     def finished(self) -> bool:
-        """Whether it has left its results, which a run writes last."""
+        """True if it has left its results, which a run writes last."""
         return (self.folder / RESULTS).is_file()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """What a finished cell says.
+    """The content of a finished cell.
 
     Attributes:
         cell: Which.
@@ -87,7 +87,7 @@ class CellResult:
 
 
 def protocol_name(row: ProtocolRow) -> str:
-    """What an evaluation's row is called in every cell: without the network, which baselines have in brackets."""
+    """Return the name of an evaluation's row in every cell: without the network, which baselines have in brackets."""
     return row.name.split(" (")[0] if row.kind in ("leak check", "baseline") else row.name
 
 
@@ -171,7 +171,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def read_result(cell: Cell) -> CellResult | None:
-    """What a cell has left behind; None unless it is finished.
+    """Return the results of a cell; None unless it is finished.
 
     Raises:
         CheckpointError: Its results cannot be read.

@@ -36,7 +36,7 @@ CURVES = {"validation_error": "validation error, %", "validation_loss": "validat
 
 
 def report_title(experiment: Experiment, budget: Budget) -> str:
-    """What stands above tables and figures; of a small budget also what its numbers are not."""
+    """Return the text above tables and figures, with the limits of a small budget."""
     if budget.is_evidence:
         return experiment.title
     what = "a check of the machinery, " if budget.name in BUDGETS else ""
@@ -129,7 +129,7 @@ def _text(results: Results, title: str, failures: Mapping[str, str], figures: Se
 
 
 def _provenance(results: Results) -> str:
-    """Where the numbers come from, in one paragraph."""
+    """Return the origin of the numbers, in one paragraph."""
     experiment, budget = results.experiment, results.budget
     environments = [result.content.get("environment", {}) for result in results.finished]
     machines = sorted(

@@ -186,7 +186,7 @@ def _reserved(cell: Cell) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _logged(cell: Cell, accelerator: Accelerator) -> Iterator[None]:
-    """What a run prints goes into ``log.txt`` in its folder; progress bars are shown as ever."""
+    """Send the output of a run into ``log.txt`` in its folder; progress bars are shown as ever."""
     if not accelerator.is_main_process:
         yield
         return

@@ -34,7 +34,7 @@ DATASETS = {
 
 
 def find_datasets(names: Iterable[str], data_root: Path | None) -> dict[str, str]:
-    """Where each dataset is read from: its folder under ``data_root``, or its id on the Hub.
+    """Return the origin of each dataset: its folder under ``data_root``, or its id on the Hub.
 
     Raises:
         ConfigError: A name is unknown.

@@ -1,4 +1,4 @@
-"""What an experiment is: one YAML file for each table and figure of the paper, read into frozen dataclasses.
+"""Experiments: one YAML file for each table and figure of the paper, read into frozen dataclasses.
 
 A table's file holds the paper's numbers, the options that all its rows share, its columns (a dataset and what the paper
 varies), its rows (a network with one normalization) and its budgets. A row with ``of`` is not trained but reads
@@ -109,7 +109,7 @@ class Row:
 
 @validated
 class Budget:
-    """How much of the paper's protocol is run.
+    """The part of the paper's protocol that is run.
 
     Attributes:
         name: Of ``BUDGETS``, which every experiment has, or another one.
@@ -129,7 +129,7 @@ class Budget:
 
     @property
     def is_evidence(self) -> bool:
-        """Whether results say something about the paper; else they check the machinery."""
+        """True if results say something about the paper; else they check the machinery."""
         return self.name == "paper"
 
 

@@ -1,4 +1,4 @@
-"""What the finished cells of an experiment say together: the paper's table, honest rows, sentences, epochs needed.
+"""The summary of an experiment's finished cells: the paper's table, honest rows, sentences, epochs needed.
 
 Numbers are percent of the test images. A row with contexts is compared with the *masked baseline*: the network that
 never saw contexts, told the same context, so that classes never seen with it in training are dropped.
@@ -36,7 +36,7 @@ TOP_1 = Measure(title="top-1", k=1)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What an experiment has at one budget.
+    """The finished cells of an experiment at one budget.
 
     Attributes:
         experiment: Which.
@@ -70,7 +70,7 @@ class Results:
         ]
 
     def shown(self) -> list[Measure]:
-        """What is shown of every way to use a network: the table's measures where each is of one context, else top-k.
+        """Return the measures shown of each way to use a network: the table's where each is of one context, else top-k.
 
         The contexts' test images may be of very different numbers, and an accuracy over all of them says little then.
         """
@@ -177,7 +177,7 @@ def honest_tables(results: Results) -> list[str]:
 
 
 def _test_images(row: ProtocolRow, shown: Sequence[Measure]) -> list[str]:
-    """How many test images there are, and how sure that lets anyone be."""
+    """Return the number of test images and the error that follows from it."""
     counts = {
         "" if m.context is None else f" of {m.context}": row.num_samples
         if m.context is None
@@ -221,7 +221,7 @@ def _ways(results: Results, column: Column) -> list[tuple[str, list[ProtocolRow]
 
 
 def sentences(results: Results) -> list[str]:
-    """What the context tells about the label, and whether each row with contexts beats the masked baseline."""
+    """Return the information of the context on the label, and if each row with contexts beats the masked baseline."""
     said = []
     baseline = results.experiment.trained.get(results.experiment.baseline)
     for column in results.columns():

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model under its patches, and how that model is built again.
+"""The description of the model under the patches of a checkpoint, and the way that model is built again.
 
 timm models are described by architecture name and constructor arguments, transformers models by their own config. The
 description is tried out when it is made: a model that would not come back is an error at saving, not at loading.

@@ -189,7 +189,7 @@ def _use(
     needs_base: bool,
     verifies: bool = False,
 ) -> list[str]:
-    """How to load and call it, with a context and without, as far as the mode knows contexts and can do without."""
+    """Code that loads and calls it, with a context and without, as far as the mode has contexts and can do without."""
     context = json.dumps(names[0], ensure_ascii=not names[0].isprintable()) if names else "0"
     calls = [f"known = model(images, context_ids={context})  # the context is known"] if mode not in BASELINES else []
     calls += [] if mode == "dsbn" else ["unknown = model(images)  # it is not"] if calls else ["output = model(images)"]

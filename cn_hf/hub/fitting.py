@@ -80,7 +80,7 @@ def tied_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _place(tensor: Tensor) -> tuple[object, object]:
-    """Where a tensor lies: tensors on the meta device have no address, but a storage of their own."""
+    """Return the address of a tensor; on the meta device, that of its storage."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 

@@ -79,7 +79,7 @@ class DatasetInContext(Dataset[InContext]):
 
 
 class ContextPipeline:
-    """What the pipeline of a patched model does besides."""
+    """A mixin for the pipeline of a patched model: it takes contexts."""
 
     model: Any
     _context_ids: Any = None

@@ -1,4 +1,4 @@
-"""What a model expects of its images and calls its classes, kept where its own library keeps it.
+"""The preprocessing and class names of a model, kept where its own library keeps them.
 
 timm has ``pretrained_cfg`` (``input_size``, ``mean``, ``std``, ``label_names``), transformers the config's
 ``image_size`` and ``id2label``; the mean and standard deviation of its pixels a patched model's router has.

@@ -33,7 +33,7 @@ EXTRAS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What would be published of a run.
+    """The parts of a run that are published.
 
     Attributes:
         files: from the path in the repository to the local file.

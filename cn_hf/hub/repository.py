@@ -26,7 +26,7 @@ CHECKPOINT = "checkpoint"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubOptions:
-    """How the Hub is asked, in the words of transformers.
+    """Options of requests to the Hub, in the words of transformers.
 
     Attributes:
         revision: branch, tag or commit; None for the default branch.

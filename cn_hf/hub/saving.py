@@ -1,4 +1,4 @@
-"""What every way of saving shares: cn_hf's own, timm's and transformers'."""
+"""The common part of all ways of saving: cn_hf's own, timm's and transformers'."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def context_norm(
 
 
 def _checkpoint(cfg: Mapping[str, Any], cache_dir: str | Path | None, pretrained: bool) -> tuple[Path, Description]:
-    """Where the checkpoint lies, after a download if need be, and what it is."""
+    """Return the checkpoint's folder, after a download if need be, and its description."""
     from cn_hf.hub.description import CONFIG_FILE, read_description
     from cn_hf.hub.repository import HubOptions, checkpoint_folder
 
@@ -166,7 +166,7 @@ def _patched(model: nn.Module, folder: Path, description: Description) -> nn.Mod
 
 
 def _fits(model: nn.Module, tensors: dict[str, Tensor], *, allow_surplus: bool) -> bool:
-    """Whether the model's tensors are those of the checkpoint by name and shape; tied ones are stored once."""
+    """True if the model's tensors are those of the checkpoint by name and shape; tied ones are stored once."""
     own, stored = model.state_dict(), _renamed(tensors, model)
     surplus = stored.keys() - own.keys()
     given = {own[name].data_ptr() for name in stored.keys() & own.keys() if own[name].shape == stored[name].shape}
@@ -258,7 +258,7 @@ def timm_config(
 
 
 def _input_entries(cfg: Mapping[str, Any], arguments: Mapping[str, Any], router: ContextRouter) -> dict[str, Any]:
-    """What the model wants as input: its own channels and size, and the pixel statistics if they were given."""
+    """Return the model's input: its own channels and size, and the pixel statistics if they were given."""
     known_channels, *known_size = cfg.get("input_size", (3, 224, 224))
     channels, size = arguments.get("in_chans", known_channels), arguments.get("img_size", known_size)
     size = [size, size] if isinstance(size, int) else list(size)
@@ -276,7 +276,7 @@ def _input_entries(cfg: Mapping[str, Any], arguments: Mapping[str, Any], router:
 
 
 def _seen_by_timm(model: Any) -> Any:
-    """What timm's writer reads of a model; a feature extractor has no classes, of which it wants to know."""
+    """Attributes that timm's writer reads of a model; a feature extractor lacks the number of classes."""
     if hasattr(model, "num_classes"):
         return model
     traits = {name: getattr(model, name) for name in ("_traits", "in_chans") if hasattr(model, name)}

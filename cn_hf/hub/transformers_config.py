@@ -30,7 +30,7 @@ GUARD = "this model has context normalization: import cn_hf and load it with an 
 
 
 class ContextConfig:
-    """What the config class of a patched model has besides its base's: how the model is patched.
+    """The fields that the config class of a patched model adds to its base's: how the model is patched.
 
     Attributes:
         context_norm_base: the config class of the model under the patches.

@@ -55,7 +55,7 @@ def register() -> None:
 
 
 class TransformersRoot:
-    """What the root of a patched transformers model does besides: it is built, written and loaded with its contexts."""
+    """The root of a patched transformers model: it is built, written and loaded with its contexts."""
 
     original_class: ClassVar[Any]
 

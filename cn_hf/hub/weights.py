@@ -60,7 +60,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def is_weights_name(name: object) -> bool:
-    """Whether ``name`` is a plain name of a safetensors file: no folder, nothing that leads out of one."""
+    """True if ``name`` is a plain name of a safetensors file: no folder, nothing that leads out of one."""
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", name) is not None
 
 

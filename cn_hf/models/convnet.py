@@ -125,7 +125,7 @@ class ConvNet(nn.Module):
 
 
 def _cfg(**overrides: Any) -> dict[str, Any]:
-    """What timm records of a network's input and classifier; CIFAR-10's mean and std unless overridden."""
+    """Return timm's record of a network's input and classifier; CIFAR-10's mean and std unless overridden."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),

@@ -215,7 +215,7 @@ class MixtureNorm(FeatureNorm):
 
 
 def _thinned_places(count: int, first: int, total: int, device: torch.device, max_vectors: int, seed: int) -> Tensor:
-    """Which of ``count`` vectors, whose first is the ``first`` of ``total``, are kept."""
+    """Return the kept ones of ``count`` vectors, whose first is the ``first`` of ``total``."""
     step = math.ceil(total / max_vectors)
     starts = torch.arange(0, total - step + 1, step)
     places = starts + torch.randint(step, starts.shape, generator=torch.Generator().manual_seed(seed)) - first
@@ -258,7 +258,7 @@ class FeatureBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.feature_dim = feature_dim
 
     def is_on_meta(self) -> bool:
-        """Whether a parameter or buffer has no storage yet."""
+        """True if a parameter or buffer has no storage yet."""
         return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
 
     def _check_input_dim(self, input: Tensor) -> None:

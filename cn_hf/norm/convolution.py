@@ -90,7 +90,7 @@ def normalized_conv2d(
 
 
 def _saves_input_gradient(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the input gradient is to be had cheaper, and by what ``_NormalizedConv2d`` can do."""
+    """True if the input gradient is to be had cheaper, and by what ``_NormalizedConv2d`` can do."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if not torch.is_grad_enabled() or x.requires_grad or not (mean.requires_grad or var.requires_grad):
@@ -182,7 +182,7 @@ def _gradient_sums(
 def _columns(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each tap meets at each position, ``(N, C K, L)``: ``F.unfold``, faster as a copy of a view."""
+    """Return the inputs of each tap at each position, ``(N, C K, L)``: ``F.unfold``, faster as a copy of a view."""
     windows = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     for axis, (taps, hop, step) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         windows = windows.unfold(axis, step * (taps - 1) + 1, hop)[..., ::step]

@@ -169,7 +169,7 @@ class Mixture(NamedTuple):
 
 
 class MixtureStatistics(NamedTuple):
-    """What one E-step leaves: additive over chunks of data and over processes.
+    """Sums of one E-step, additive over chunks of data and over processes.
 
     ``total`` ``(K,)`` responsibilities, ``first`` and ``second`` ``(K, C)`` moments about a fixed shift (sums),
     ``log_likelihood`` ``()`` summed over vectors, ``num_vectors`` ``()``.

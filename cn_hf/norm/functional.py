@@ -173,7 +173,7 @@ def context_rows(table: Tensor, context_ids: Tensor | int, *, sparse: bool = Fal
 
 
 class Standardization(NamedTuple):
-    """What each feature vector is brought to mean 0 and variance 1 by (``centered``: layer norm), or mean square 1.
+    """A standardisation of each feature vector: mean 0 and variance 1 (``centered``: layer norm), or mean square 1.
 
     ``eps`` is added to its variance or mean square.
     """

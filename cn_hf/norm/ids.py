@@ -1,4 +1,4 @@
-"""What ``context_ids`` may be, and the checks that turn it into a tensor.
+"""The forms of ``context_ids``, and the checks that turn them into a tensor.
 
 Shape legend: ``N`` samples, ``T`` contexts. Hard ids are int64 ``(N,)``; soft ones are float weights ``(N, T)`` whose
 rows sum to one.

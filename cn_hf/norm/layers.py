@@ -62,7 +62,7 @@ def checked_ids(norm: Any, x: Tensor, context_ids: ContextIds | None) -> Tensor 
 
 
 class FeatureNorm(nn.Module):
-    """What the layers share: a feature axis, eps, and an optional affine map after the normalization."""
+    """The base of the layers: a feature axis, eps, and an optional affine map after the normalization."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -94,7 +94,7 @@ class FeatureNorm(nn.Module):
             self.register_parameter("bias", None)
 
     def is_on_meta(self) -> bool:
-        """Whether a parameter or buffer has no storage yet."""
+        """True if a parameter or buffer has no storage yet."""
         return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
 
 

@@ -26,12 +26,12 @@ __all__ = ["recomputing", "several_processes", "synchronized_batch_norm", "synch
 
 
 def recomputing() -> bool:
-    """Whether activation checkpointing is running a forward a second time, during backward."""
+    """True if activation checkpointing is running a forward a second time, during backward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def several_processes() -> bool:
-    """Whether a process group of more than one process is initialised."""
+    """True if a process group of more than one process is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -140,7 +140,7 @@ def _moments(x: Tensor, feature_dim: int) -> _Moments:
 
 
 def _several_vectors(x: Tensor, total: Tensor, feature_dim: int) -> bool:
-    """Whether the processes hold more than one vector together; False for none, an error for one.
+    """True if the processes hold more than one vector together; False for none, an error for one.
 
     The total is read, which on a GPU means to wait for it, only where this process's own part leaves it open.
     """

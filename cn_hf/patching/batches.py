@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(slots=True)
 class HeldBatches:
-    """What was read: samples by the context they are of, and those that are of several by weights.
+    """Batches that were read: samples by their context, and those that are of several by weights.
 
     Attributes:
         hard: batches of each context, by its id.

@@ -21,7 +21,7 @@ INFERENCE = (*CHOICES["inference"], "predict", "average")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextNormConfig:
-    """How a model is patched and how it runs without context ids. Validates itself; round-trips through JSON.
+    """The way a model is patched and runs without context ids. Validates itself; round-trips through JSON.
 
     Attributes:
         mode: ``"cn-patches"`` (norms over the last axis of tokens), ``"cn-channels"`` (norms over axis 1 of NCHW maps),

@@ -48,7 +48,7 @@ NORMALIZERS = (ContextNorm, DomainBatchNorm, FeatureBatchNorm, MixtureNorm)
 
 @dataclass(frozen=True, slots=True)
 class NormEntry:
-    """What a norm class does, as far as swapping it needs to know.
+    """The facts of a norm class that swapping it needs.
 
     Attributes:
         feature_dim: 1 for maps, -1 for tokens; norms with a ``data_format`` decide one by one (see ``axis``).
@@ -65,7 +65,7 @@ class NormEntry:
         return 1 if getattr(norm, "data_format", None) == "channels_first" else self.feature_dim
 
     def eps(self, norm: Any) -> float:
-        """What a norm of this class adds to its variance."""
+        """Return the number that a norm of this class adds to its variance."""
         given = (vars(norm).get(name) for name in ("eps", "variance_epsilon"))  # slots of stored norms refuse theirs
         return next((float(eps) for eps in given if eps is not None), 1e-5 if self.standardize is None else 1e-6)
 

@@ -162,7 +162,7 @@ def unknown_of(unknown: str | int, config: ContextNormConfig) -> int | str:
 
 
 def needs_ids(config: ContextNormConfig, *, has_source: bool) -> bool:
-    """Whether evaluation without context ids is an error.
+    """True if evaluation without context ids is an error.
 
     Args:
         config: how the model is patched and runs.

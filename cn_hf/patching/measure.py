@@ -47,7 +47,7 @@ _SMALL_BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was seen at one slot, and the statistics decided for it."""
+    """The moments seen at one slot, and the statistics decided for it."""
 
     moments: Moments
     rows: Rows

@@ -198,7 +198,7 @@ def _left_out(model: nn.Module, mode: str) -> list[tuple[str, str]]:
 
 
 def is_norm_like(module: nn.Module) -> bool:
-    """Whether a module looks like a norm layer: torch's bases, or a name with "norm" over no layer of its own."""
+    """True if a module looks like a norm layer: torch's bases, or a name with "norm" over no layer of its own."""
     if isinstance(module, NORM_BASES):
         return True
     own = not any(True for child in module.children() for _ in child.parameters())

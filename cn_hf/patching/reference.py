@@ -29,7 +29,7 @@ __all__ = ["SOURCE", "Reference", "check_amounts", "context_index", "find_refere
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What other contexts are measured relative to.
+    """The context that others are measured relative to.
 
     Attributes:
         weights: ``(1, T)``, float64: one context, or the mean of all.

@@ -1,4 +1,4 @@
-"""What the layers of one patched model share: its configuration, and the context ids of its calls.
+"""The state that the layers of one patched model share: its configuration, and the context ids of its calls.
 
 Shape legend: ``N`` samples, ``T`` contexts.
 """
@@ -34,7 +34,7 @@ _NO_CONTEXT = (
 
 
 class ContextSourceLike(Protocol):
-    """What ``"predict"`` needs of a context source."""
+    """The part of a context source that ``"predict"`` needs."""
 
     num_contexts: int
 
@@ -68,7 +68,7 @@ class Follows(Protocol):
 
 
 class ContextRouter:
-    """What the layers of one patched model share: the config, and the ids of its calls.
+    """The state that the layers of one patched model share: the config, and the ids of its calls.
 
     Attributes:
         config: the model's configuration.
@@ -101,7 +101,7 @@ class ContextRouter:
         self.root: weakref.ref[nn.Module] | None = None
 
     def is_sequence_first(self, x: Tensor) -> bool:
-        """Whether ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
+        """True if ``x`` is ``(L, N, C)`` rather than batch-major, as far as the running call's ids tell.
 
         Raises:
             ContextIdError: its first two dimensions are both ``N``.
@@ -177,7 +177,7 @@ class ContextRouter:
         )
 
     def pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What was subtracted from pixels in 0..1 and what they were divided by, ``(1, C or 1, 1, 1)`` each.
+        """Return the mean and standard deviation of pixels in 0..1, ``(1, C or 1, 1, 1)`` each.
 
         On the device of ``images`` and in their dtype, float32 at least.
 

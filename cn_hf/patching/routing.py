@@ -1,4 +1,4 @@
-"""How ``context_ids`` travel from ``forward()`` to the layers.
+"""The way of ``context_ids`` from ``forward()`` to the layers.
 
 The root of a patched model gets a subclass of its own class whose ``forward``, and other methods that take tensors,
 name ``context_ids`` after the original parameters. They check the ids once and leave them in the model's
@@ -68,7 +68,7 @@ class RoutedModel(Swapped):
 
     @property
     def context_config(self) -> ContextNormConfig:
-        """How the model was patched and how it runs without ids."""
+        """The configuration: the way the model was patched and runs without ids."""
         return self.router.config
 
     def no_weight_decay(self) -> set[str]:

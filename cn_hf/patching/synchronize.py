@@ -82,7 +82,7 @@ class Synchronized:
     fused: ClassVar[bool]
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """What the original class does, over the batches of all processes where it trains."""
+        """Do what the original class does, over the batches of all processes where it trains."""
         if not self.training:
             return super().forward(x)  # type: ignore[misc, no-any-return]  # the swapped class's own
         self._check_input_dim(x)
@@ -112,7 +112,7 @@ def _definer_of_forward(base: type) -> str:
 
 
 def _is_foreign_or_done(module: nn.Module) -> bool:
-    """Whether the module is no batch norm, has fixed statistics, or is synchronised already."""
+    """True if the module is no batch norm, has fixed statistics, or is synchronised already."""
     if isinstance(module, (Synchronized, DomainBatchNorm, FeatureBatchNorm, MixtureNorm, StoredNormSlot)):
         return True
     if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
@@ -124,7 +124,7 @@ def _is_foreign_or_done(module: nn.Module) -> bool:
 
 
 def _can_synchronize(module: nn.Module) -> bool:
-    """Whether the module's class is known to do what ``Synchronized`` would do in its place."""
+    """True if the module's class is known to do what ``Synchronized`` would do in its place."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) or "forward" in vars(module):
         return False  # the class is about to change, or its forward is not what runs
     return _definer_of_forward(type(module)) in FORWARDS

@@ -54,7 +54,7 @@ _SAMPLE = 16  # rows from which the features of an untyped stream are told
 
 
 def is_split_dict(dataset: object) -> bool:
-    """Whether the dataset holds splits by name."""
+    """True if the dataset holds splits by name."""
     return isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict)
 
 

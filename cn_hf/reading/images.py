@@ -168,7 +168,7 @@ def to_array(image: PIL.Image.Image, mode: str = "RGB", size: tuple[int, int] | 
 
 
 def _resized(array: Array, size: tuple[int, int]) -> Array:
-    """What Pillow's bicubic resizing gives, but for roundings: torch's takes a quarter of its time.
+    """Resize as Pillow's bicubic does, but for roundings; torch's takes a quarter of its time.
 
     What shrinks does so first, lest the overshoot of what grows be cut off and then averaged.
     """

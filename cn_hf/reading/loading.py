@@ -327,7 +327,7 @@ def _load(
 
 
 def _looks_local(path_or_id: str | Path) -> bool:
-    """Whether the text cannot be a Hub id (``name`` or ``owner/name``), or lies in a folder that exists here."""
+    """True if the text cannot be a Hub id (``name`` or ``owner/name``), or lies in a folder that exists here."""
     text = str(path_or_id)
     in_folder = "/" in text and Path(text).expanduser().parent.is_dir()
     return isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or in_folder

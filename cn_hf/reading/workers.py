@@ -1,4 +1,4 @@
-"""What worker processes load, in order, and one clear error, never a wait without end, when one of them dies."""
+"""Load by worker processes, in order; when one dies, one clear error and never a wait without end."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ __all__ = ["Place", "RunState", "WeightAverage"]
 
 @dataclasses.dataclass(slots=True)
 class Place:
-    """Where a run is.
+    """The place of a run: epoch, step and what was seen.
 
     Attributes:
         epoch: Epochs done.

@@ -1,1 +1,1 @@
-"""How fast context normalization is, against what it replaces. Run as ``python scripts/benchmark``."""
+"""The speed of context normalization against what it replaces. Run as ``python scripts/benchmark``."""

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     @property
     def on_maps(self) -> bool:
-        """Whether features lie along axis 1."""
+        """True if features lie along axis 1."""
         return len(self.shape) == 4
 
     @property

@@ -196,7 +196,7 @@ def _routing(settings: Settings) -> Trial:
 
 
 def _waits(settings: Settings) -> Trial:
-    """How often the host waits for the device in a patched forward whose ids are on the device."""
+    """Count the host's waits for the device in a patched forward whose ids are on the device."""
     row = Row(
         what="waits for the device, per patched forward", shape="(8, 4, 16)", unit=WAITS, limit=0.0, headline=True
     )

@@ -1,4 +1,4 @@
-"""How much time a training step of the paper's networks takes with each norm.
+"""The time of a training step of the paper's networks with each norm.
 
 BN, CN as an added first layer, CN in conv3's place, MN; of the ViT also CN on tokens. A step is what
 ``training/supervised.py`` does of it: normalise a batch held on the device, forward, backward, optimizer. Images are

@@ -45,7 +45,7 @@ def trials(settings: Settings) -> list[Trial]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How large a turn is: images of a batch, steps before those that count, steps that count, decoding processes."""
+    """The size of a turn: images of a batch, steps before those that count, steps that count, decoding processes."""
 
     model: str
     side: int

@@ -66,7 +66,7 @@ def _time(layout: Layout, dtype: torch.dtype, settings: Settings) -> Trial:
 
 
 def _memory(layout: Layout, settings: Settings) -> Trial:
-    """What the forward takes, over x and one posterior a vector and context."""
+    """Return the bytes that the forward takes, over x and one posterior a vector and context."""
     rows = [
         Row(what=f"{name} on {layout.name}, peak memory", rival="x and all posteriors", shape=layout.shape_in_words,
             unit=MEMORY)

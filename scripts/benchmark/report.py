@@ -1,4 +1,4 @@
-"""What was measured, as JSON to keep and merge, and as Markdown to read.
+"""The measurements, as JSON to keep and merge, and as Markdown to read.
 
 One report holds both kinds of device: of each it has the last run of each section. A section that was never run on a
 device is shown as planned, "not measured".
@@ -67,7 +67,7 @@ class Record:
     rows: Sequence[Row]
 
     def hardware(self, device: str) -> str:
-        """What it ran on, in words."""
+        """Return the hardware and versions in words."""
         if device == "cpu":
             return f"{self.environment['cpu']}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         return str(self.environment["device"])

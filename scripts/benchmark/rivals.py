@@ -1,4 +1,4 @@
-"""What context normalization is measured against, beyond torch's own layers.
+"""The rivals of context normalization, beyond torch's own layers.
 
 N samples, C features, T contexts, M feature vectors.
 """
@@ -44,7 +44,7 @@ class LoopOverContexts(nn.Module):
 
 
 class MatrixProducts:
-    """What CN+ cannot do without: four matrix products and a softmax over the contexts.
+    """The least that CN+ needs: four matrix products and a softmax over the contexts.
 
     Two products give the log-densities, two apply what the contexts make of a vector. Where the statistics are
     estimated anew on the batch, two more sum up vectors and squares.

@@ -56,12 +56,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a row is about, whatever was its size, dtype and device."""
+        """The subject of a row, whatever its size, dtype and device."""
         return self.what, self.rival
 
     @property
     def to_limit(self) -> float | None:
-        """How much of the limit is used up: 1 or less where it holds. Where the limit is 0, the value more than 1."""
+        """The used part of the limit: 1 or less where it holds. Where the limit is 0, the value more than 1."""
         if self.value is None or self.limit is None:
             return None
         if self.limit == 0:
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value keeps the limit, to the two digits shown; None where there is no value or no limit."""
+        """True if the value keeps the limit, to the two digits shown; None where there is no value or no limit."""
         if self.value is None or self.limit is None:
             return None
         shown = round(self.value, 2)

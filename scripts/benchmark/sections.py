@@ -58,7 +58,7 @@ def planned_rows(section: str, device: str, size: str = "full") -> list[Row]:
 
 
 def left_out(section: str, settings: Settings) -> list[str]:
-    """What a full run measures and a run of this size does not, by name and dtype."""
+    """Return the rows of a full run that a run of this size leaves out, by name and dtype."""
     planned = [(row.what, row.dtype) for row in planned_rows(section, settings.device.type)]
     measured = {(row.what, row.dtype) for trial in SECTIONS[section].trials(settings) for row in trial.rows}
     return [f"{what} ({dtype})" for what, dtype in dict.fromkeys(planned) if (what, dtype) not in measured]

@@ -1,4 +1,4 @@
-"""What a benchmark runs with: the device, how large, how often."""
+"""The settings of a benchmark: device, size and rounds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class NetworkOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all sections go by.
+    """The settings of all sections.
 
     Attributes:
         device: Where to measure.
@@ -90,12 +90,12 @@ class Settings:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a CUDA one."""
+        """True if the device is a CUDA one."""
         return self.device.type == "cuda"
 
     @property
     def headline_dtype(self) -> torch.dtype:
-        """What networks are usually trained in on such a device: the README's table shows these rows."""
+        """Return the usual dtype of networks on such a device: the README's table shows these rows."""
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     def of(self, *, full: Choice, quick: Choice, smoke: Choice, gpu: Choice | None = None) -> Choice:

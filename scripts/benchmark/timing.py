@@ -52,7 +52,7 @@ def seconds_in_turn(
 
 
 def in_turn(turns: Mapping[str, Callable[[], float]], settings: Settings, *, title: str) -> dict[str, list[float]]:
-    """What each contestant's turn gives, round after round; each round begins with another contestant."""
+    """Yield the result of each contestant's turn, round after round; each round begins with another contestant."""
     found: dict[str, list[float]] = {name: [] for name in turns}
     names = [*turns]
     with tqdm(total=settings.rounds, desc=title, leave=False, disable=not settings.progress) as bar:

@@ -1,1 +1,1 @@
-"""Which models patching works for, swept and tabulated. Run as ``python scripts/coverage``."""
+"""The models that patching works for, swept and tabulated. Run as ``python scripts/coverage``."""

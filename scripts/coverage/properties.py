@@ -1,4 +1,4 @@
-"""What must hold of any patched model, measured on real tensors.
+"""Properties of any patched model, measured on real tensors.
 
 For a model and a batch, ``PatchingCheck`` patches, measures, and gives the model back: evaluation output unchanged for
 each context and without ids, contexts isolated between samples, gradients for every context's parameters, plain
@@ -36,7 +36,7 @@ ISOLATED = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchingResult:
-    """What one way of patching a model gave.
+    """The outcome of one way of patching a model.
 
     Attributes:
         mode: of ``patch_model``.
@@ -163,7 +163,7 @@ class PatchingCheck:
         return self._rows(_call(self.model, self.inputs if inputs is None else inputs, **more))
 
     def _rounding(self) -> float:
-        """How far the last bit of the input changes the output, of its scale."""
+        """Return the change of the output, relative to its scale, by the last bit of the input."""
         pairs = zip(self._run(_with_first(self.inputs, _next_number)), self._run(), strict=True)
         return max(_difference(a, b) for a, b in pairs)
 
@@ -294,13 +294,13 @@ def _projection(row: Tensor) -> Tensor:
 
 
 def _is_used(slot: Slot) -> bool:
-    """Whether a gradient came to the module that was there before patching: its own parameters, or its input."""
+    """True if a gradient came to the module that was there before patching: its own parameters, or its input."""
     own = [p for name, p in cast(nn.Module, slot).named_parameters() if not name.startswith("normalizer.")]
     return any(bool((p.grad != 0).any()) for p in (own or slot.normalizer.parameters()) if p.grad is not None)
 
 
 def _reaches(parameter: nn.Parameter, num_contexts: int) -> bool:
-    """Whether a gradient came, and to every row of a parameter that has a row a context."""
+    """True if a gradient came, and to every row of a parameter that has a row a context."""
     gradient = parameter.grad
     if gradient is None or not bool(gradient.isfinite().all()):
         return False

@@ -39,7 +39,7 @@ WAYS = (None, "cn-channels")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What one run of pytest is to do.
+    """The task of one run of pytest.
 
     Attributes:
         checkout: folder of the library's source distribution or repository.

@@ -1,4 +1,4 @@
-"""Which models patching works for: every model of timm, and the vision models of transformers, swept and tabulated.
+"""The models that patching works for: every model of timm and vision models of transformers, swept and tabulated.
 
 Two depths. *Structure*: every name of timm is built on the meta device, patched in each mode, and its slots are counted
 against its norm layers. *Real tensors*: the smallest model of each module, of each architecture and set of norm classes
@@ -77,7 +77,7 @@ class Rows:
                 self.rows[row["key"]] = row
 
     def has(self, key: str) -> bool:
-        """Whether a row without failures is there."""
+        """True if a row without failures is there."""
         return key in self.rows and not self.rows[key].get("failures")
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ COMMON: Any = checkout_module("test_modeling_common")
 
 
 class _ModelTester:
-    """What the mixin asks of a model's tester."""
+    """The tester that the mixin asks for."""
 
     is_training = True
     batch_size = 3

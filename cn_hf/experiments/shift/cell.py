@@ -46,7 +46,7 @@ WEIGHTS = "source.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a cell computes; the same for all cells of a budget.
+    """The protocol of a cell, the same for all cells of a budget.
 
     Attributes:
         network: of ``NETWORKS``.

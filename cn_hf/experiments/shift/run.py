@@ -23,7 +23,7 @@ __all__ = ["BUDGETS", "Budget", "reproduce_shift"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Which cells are run.
+    """The choice of cells that are run.
 
     Attributes:
         plans: of seed 0.

@@ -1,4 +1,4 @@
-"""Which kernels run: of our own, those that agree with the formulas on this device; else torch's operators.
+"""The choice of kernels: our own where they agree with the formulas on this device; else torch's operators.
 
 A compiled kernel depends on a compiler, a driver and a processor that nobody has tested together. So each is compared
 with ``formulas`` on small inputs, at its first use for a device and dtype, and one that differs or fails is not used:
@@ -170,7 +170,7 @@ def difference(module: Any, kernel: str, device: torch.device, dtype: torch.dtyp
 
 
 def _examples(module: Any, kernel: str, device: torch.device, dtype: torch.dtype) -> Pairs:
-    """What a kernel computes and what the formulas do in float64, of two inputs.
+    """Return the results of a kernel and of the formulas in float64, for two inputs.
 
     One has sizes that vectors and tiles fit, an offset, a row a sample and a gradient by ``x``; the other has none.
     """

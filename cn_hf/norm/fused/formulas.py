@@ -1,4 +1,4 @@
-"""What the fused kernels compute, in torch's own operators: what they are tested against, and where there are none.
+"""The fused kernels' formulas in torch's own operators: the reference, and the fall-back without kernels.
 
 ``shift_scale`` and ``composed`` can be differentiated, exported and transformed in every way torch knows; the others
 are the forward and backward of the operators in ``kernels``.

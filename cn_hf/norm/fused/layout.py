@@ -1,4 +1,4 @@
-"""Where an input is, and how it lies in memory, which decides what walks through it.
+"""The device of an input and its layout in memory, which decide the kernel.
 
 *Rows*: ``(N, C, ...)`` is contiguous, a feature's positions lie together. *Columns*: ``(N, ..., C)`` is, a position's
 features do. An input with one position a sample is both.

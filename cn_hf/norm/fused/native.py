@@ -223,7 +223,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What tells processors apart that ``-march=native`` compiles differently for."""
+    """Return the features of the processor that ``-march=native`` compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -258,7 +258,7 @@ def _norm_backward(
 
 
 class _Launch(NamedTuple):
-    """How the work is cut: ``sizes`` are a kernel's last arguments, from the sizes of ``x`` to those of a tile."""
+    """A cut of the work: ``sizes`` are a kernel's last arguments, from the sizes of ``x`` to those of a tile."""
 
     grid: tuple[int]
     segments: int
@@ -365,7 +365,7 @@ def shift_scale(x: Tensor, center: Tensor, scale: Tensor, offset: Tensor | None,
 def shift_scale_backward(
     grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, feature_dim: int, need_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What the gradients of ``shift_scale`` are made of, in one pass over ``grad`` and ``x``.
+    """Compute the parts of the gradients of ``shift_scale``, in one pass over ``grad`` and ``x``.
 
     Args:
         grad: gradient of the output, of the shape of ``x``.
@@ -449,7 +449,7 @@ def norm_shift_scale_backward(
     need_x: bool,
     centered: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What the gradients of ``norm_shift_scale`` are made of, in one pass over ``grad`` and ``x``.
+    """Compute the parts of the gradients of ``norm_shift_scale``, in one pass over ``grad`` and ``x``.
 
     Args:
         grad: gradient of the output, ``(N, ..., C)``.

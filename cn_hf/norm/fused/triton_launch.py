@@ -1,4 +1,4 @@
-"""What the launches of all Triton kernels share. Needs no triton.
+"""The common part of launching Triton kernels. Needs no triton.
 
 Shape legend: as in ``triton_kernels``.
 """

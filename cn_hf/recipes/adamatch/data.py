@@ -292,7 +292,7 @@ def _parted(train: DeviceBatches, config: AdaMatchConfig, data: PreparedData) ->
 
 
 def _few_of_each(train: DeviceBatches, among: Tensor, config: AdaMatchConfig) -> Tensor:
-    """Which images are labelled, (N,) bool: of each class as many as the config says, drawn by its seed."""
+    """Return the labelled images, (N,) bool: of each class as many as the config says, drawn by its seed."""
     assert config.labels_per_class is not None
     chosen = torch.zeros_like(among)
     order = epoch_order(len(among), True, config.seed, 0).to(among.device)

@@ -1,4 +1,4 @@
-"""Where a run's data and contexts come from, as the two options ``dataset`` and ``contexts`` say it.
+"""A run's data and contexts, from the two options ``dataset`` and ``contexts``.
 
 | ``contexts`` | context of an image |
 |---|---|

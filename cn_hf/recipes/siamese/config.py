@@ -102,7 +102,7 @@ class SiameseConfig(TrainingConfig):
         return {_name(config): config for config in (plain, *starts)}
 
     def folder_of(self, name: str, folder: Path) -> Path:
-        """Where in the folder of a run the network of this name has its checkpoints."""
+        """Return the folder of this network's checkpoints in a run's folder."""
         return folder / "networks" / name.replace(", ", "-").replace(" ", "-") if self.compare else folder
 
 
