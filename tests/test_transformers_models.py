@@ -19,7 +19,7 @@ import torch
 import transformers
 from datasets import Dataset
 from hub_server import OWNER, HubServer, run_python
-from models_for_tests import settle
+from models_for_tests import hf_vit, settle
 from PIL import Image
 from processes import leave
 from torch import nn
@@ -43,7 +43,7 @@ from transformers import (
 
 import cn_hf
 from cn_hf.contexts import BrightnessContexts
-from cn_hf.errors import CheckpointError, InputTypeError
+from cn_hf.errors import CheckpointError, InputTypeError, PatchError
 from cn_hf.hub.transformers_models import load_transformers, save_transformers
 
 VIT = {
@@ -617,3 +617,12 @@ def test_hub_options(hub: HubServer, tmp_path: Path) -> None:
 if __name__ == "__main__":  # one process of the test above
     run_on_two_processes(Path(sys.argv[1]))
     leave()
+
+
+def test_a_part_is_not_saved_without_its_contexts(tmp_path: Path) -> None:
+    model = cn_hf.patch_model(hf_vit())
+    with pytest.raises(PatchError, match="the whole patched model"):
+        model.base_model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    cn_hf.unpatch_model(model).base_model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

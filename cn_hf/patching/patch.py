@@ -284,6 +284,21 @@ def _guard_fusing(model: nn.Module) -> None:
         if methods and any(isinstance(part, Slot) for part in module.modules()):
             for method in methods:
                 setattr(module, method, refuse_fusing)
+        holds_slots = module is not model and any(isinstance(part, Slot) for part in module.modules())
+        if holds_slots and hasattr(module, "save_pretrained"):
+            module.save_pretrained = refuse_saving  # type: ignore[assignment]  # a method of transformers' models
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for ``save_pretrained`` of a part of a patched model, which would save weights without their contexts.
+
+    Raises:
+        PatchError: always.
+    """
+    raise PatchError(
+        "Expected the whole patched model to be saved, received a part, whose files would not say how to make its "
+        "contexts. Call save_pretrained of the model that was patched; an Auto class loads the part from its folder."
+    )
 
 
 def refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
@@ -401,6 +416,8 @@ def restore_root(model: nn.Module) -> None:
         for method in FUSING:
             if module.__dict__.get(method) is refuse_fusing:
                 delattr(module, method)
+        if module.__dict__.get("save_pretrained") is refuse_saving:
+            del module.save_pretrained
     accept_ids_of_parts(model)
     if isinstance(model, RoutedModel):  # no part of a model that is gone
         del model.router
