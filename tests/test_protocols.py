@@ -601,7 +601,6 @@ from processes import leave
 from test_protocols import _batches, _convnet, _counts, _data, _patched
 from cn_hf.contexts import BrightnessContexts
 from cn_hf.evaluation import evaluate_protocols
-from cn_hf.evaluation.batch_statistics import batch_statistics
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2, accelerator.num_processes

@@ -83,7 +83,9 @@ def evaluate_protocols(
         mean: per channel, what was subtracted from pixels in 0..1 before they reached the network, for "predict"; the
             attached values if None.
         std: per channel, what they were divided by.
-        plus_settings: (``plus_stats``, ``plus_scale``) pairs of CN+; by default the paper's and the library's.
+        plus_settings: (``plus_stats``, ``plus_scale``) pairs of CN+; by default the paper's and the library's. Without
+            ``"batch"`` among them no row depends on how the test set is cut into batches: those of batch norms with the
+            statistics of the test batch are left out, too.
         max_average_contexts: with more contexts the row "average", T forwards a batch, is left out.
         fixed_contexts: add a row for each context, in which all samples are told it.
         context_names: of the test set's T contexts, where ``model``, which knows them, is None.
@@ -122,10 +124,12 @@ def evaluate_protocols(
             protocols.append(true_contexts(score, network))
             if fixed_contexts:
                 protocols += [fixed_context(score, network, number, name) for number, name in enumerate(judged.names)]
-            protocols += [plus(score, network, stats, scale) for stats, scale in _checked_pairs(plus_settings)]
+            pairs = _checked_pairs(plus_settings)
+            protocols += [plus(score, network, stats, scale) for stats, scale in pairs]
             protocols.append(predicted(score, network, source, mean, std))
             protocols.append(averaged(score, network, max_average_contexts))
-            protocols += batch_norms(score, network)
+            if any(stats == "batch" for stats, _ in pairs):
+                protocols += batch_norms(score, network)
         records = test_set.run([*protocols, *leak_rows])
         if network is not None:
             wrong, records = _run_shuffled(score, network, test_set, records, seed)
