@@ -171,11 +171,11 @@ def test_contexts_are_as_many_as_the_weights_hold(option, value, saved):
         if kind == "transformers_vit":
             edit(folder / CONFIG, f"context_norm.config.{option}", value)
         for road in ROADS[kind]:
-            with pytest.raises(CheckpointError, match="than the weights can fill|must be at most"):
+            with pytest.raises(CheckpointError, match=r"than the weights can fill|must be at most"):
                 road(folder)
     folder, model = saved("norms"), timm.create_model("test_vit", **VIT)
     edit(folder / DESCRIPTION, f"config.{option}", value)
-    with pytest.raises(CheckpointError, match="than the weights can fill|must be at most"):
+    with pytest.raises(CheckpointError, match=r"than the weights can fill|must be at most"):
         cn_hf.from_pretrained(folder, model=model)
     assert type(model).__name__ == "VisionTransformer"
     cn_hf.patch_model(model)
@@ -297,7 +297,7 @@ def test_a_context_source_is_the_one_that_was_saved(saved):
 
 
 def test_true_is_no_number_of_a_source():
-    with pytest.raises(ConfigError, match="threshold to be a number .*received True"):
+    with pytest.raises(ConfigError, match=r"threshold to be a number .*received True"):
         BrightnessContexts(True)
     for options in ({"tol": True}, {"mean": True}, {"std": (1.0, 1.0, float("nan"))}):
         with pytest.raises(ConfigError):
