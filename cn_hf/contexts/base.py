@@ -58,6 +58,9 @@ def check_names(names: object, what: str = "context names") -> tuple[str, ...]:
     return tuple(names)
 
 
+_ENDLESS = 2**31  # a limit against sizes beyond reason: named where it is the one that is broken
+
+
 def check_number(
     name: str,
     value: object,
@@ -86,7 +89,9 @@ def check_number(
     fitting = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     if not fitting or not (least <= value <= most and above < value < below):  # type: ignore[operator]  # a number, by now
         limits = ((" of at least ", least), (" above ", above), (" below ", below), (" up to ", most))
-        words = "".join(f"{word}{limit:g}" for word, limit in limits if math.isfinite(limit))
+        broken = fitting and value >= _ENDLESS  # type: ignore[operator]
+        named = [(word, limit) for word, limit in limits if math.isfinite(limit) and (limit < _ENDLESS or broken)]
+        words = "".join(f"{word}{limit:g}" for word, limit in named)
         what = "an integer" if integer else "a number"
         raise ConfigError(f"Expected {name} to be {what}{words}, received {value!r}.")
 

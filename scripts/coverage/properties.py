@@ -261,13 +261,23 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 @contextmanager
 def _leading_dimensions(slots: list[tuple[str, Slot]]) -> Iterator[set[int]]:
     """Sizes of the first dimension of what slots meet inside the block."""
-    leading: set[int] = set()
     router = slots[0][1].router
-    router.observer = lambda slot, x, ids: leading.add(x.shape[0])
+    router.observer = seen = _LeadingDimensions()
     try:
-        yield leading
+        yield seen.found
     finally:
         router.observer = None
+
+
+class _LeadingDimensions:
+    """Sees the first dimension of each slot's input, and leaves the slot to normalise it."""
+
+    def __init__(self) -> None:
+        self.found: set[int] = set()
+
+    def normalize(self, slot: Slot, x: Tensor, *_: Any) -> None:
+        """Keep the first dimension of ``x``."""
+        self.found.add(x.shape[0])
 
 
 def _tell_apart(model: nn.Module, run: Any) -> list[Tensor]:
