@@ -59,11 +59,11 @@ class _BatchStatistics:
 
     def normalize(
         self, slot: Slot, x: Tensor, ids: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """Return ``x`` normalised, and the affine map applied."""
+    ) -> Tensor | None:
+        """Return ``x`` normalised, and the affine map applied; None leaves it to slots that were no batch norms."""
         norm: Any = slot.normalizer
         if not isinstance(slot, StoredNormSlot):
-            return cast(Tensor, norm.normalize(x, ids, weight=weight, bias=bias))
+            return None
         moments = Moments(1, norm.num_features, x.device)
         moments.add(x, torch.zeros(1, dtype=torch.int64, device=x.device), norm.feature_dim)
         mean, variance = (part.to(statistics_dtype(x)) for part in moments.rows())

@@ -185,8 +185,11 @@ def averaged(score: Scorer, network: nn.Module, max_contexts: int) -> Protocol:
 
 
 def batch_norms(score: Scorer, network: nn.Module) -> list[Protocol]:
-    """Batch norms that take the statistics of the test batch, mixed or of one context; none where there are none."""
-    if not has_batch_norms(network):
+    """Batch norms that take the statistics of the test batch, mixed or of one context; none where there are none.
+
+    Domain-specific batch norms have an affine map a context, and so no row without contexts.
+    """
+    if not has_batch_norms(network) or router_of(network).config.mode == "dsbn":
         return []
 
     def mixed(batch: Batch) -> Tensor:

@@ -149,11 +149,11 @@ class _Observer:
 
     def normalize(
         self, slot: Slot, x: Tensor, ids: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Normalise ``x`` as the slot is to do; ``weight`` and ``bias`` are the slot's affine map."""
         norm = cast(Any, slot.normalizer)
         if ids is None:
-            return cast(Tensor, norm.normalize(x, None, weight=weight, bias=bias))
+            return None
         rows = self.rows(self.names[id(slot)], slot, x, ids)
         dtype = statistics_dtype(x)
         own_weight, own_bias = self._own_affine(norm, ids, dtype)

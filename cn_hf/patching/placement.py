@@ -53,7 +53,7 @@ def find_targets(model: nn.Module, config: ContextNormConfig) -> list[Target]:
     Raises:
         PatchError: nothing matches, a pattern matches nothing, a named module cannot be swapped, or one is lazy.
     """
-    _check_initialized(model)
+    _check_initialized(model, config)
     where = config.where
     if where is None:
         where = "paper" if config.mode in BASELINES or not _norms(model, config.mode) else "norms"
@@ -107,13 +107,17 @@ def find_new_norms(model: nn.Module, config: ContextNormConfig, known: Collectio
     return [target for target in targets if any(_matches(target.name, pattern) for pattern in where)]
 
 
-def _check_initialized(model: nn.Module) -> None:
+def _check_initialized(model: nn.Module, config: ContextNormConfig) -> None:
+    """Raise for lazy modules, but for norms that are left out with a warning, or refused by name, further on."""
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise PatchError(
-                f"Expected a model whose shapes are known, received one in which {name or 'the model'} "
-                f"({type(module).__name__}) is lazy. Run the model once on a batch, then patch it."
-            )
+        if not isinstance(module, LazyModuleMixin) or not module.has_uninitialized_params():  # type: ignore[misc]
+            continue
+        if qualified_name(type(module)) in REFUSED and (config.where is not None or _norms(model, config.mode)):
+            continue
+        raise PatchError(
+            f"Expected a model whose shapes are known, received one in which {name or 'the model'} "
+            f"({type(module).__name__}) is lazy. Run the model once on a batch, then patch it."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
