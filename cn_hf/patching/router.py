@@ -25,7 +25,7 @@ SOURCE = "source"
 """The context of a model's own training data, where it was patched to be adapted."""
 
 UNKNOWN = -1
-"""What a context source names a sample of no known context."""
+"""The id that a context source gives a sample of no known context."""
 
 _NO_CONTEXT = (
     "The context source knows no context of some images, and {}: name the context that these are to run as, "

@@ -113,7 +113,7 @@ class RoutedModel(Swapped):
 
 
 ROOT_MIXINS: dict[str, type] = {}
-"""What roots of some models can do besides: qualified name of a library's base class, or of a method -> mixin."""
+"""Further abilities of some roots: qualified name of a library's base class, or of a method -> mixin."""
 
 
 def add_root_mixin(key: str, mixin: type) -> None:

@@ -77,7 +77,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "vit": _vit,
     "wrn28_2": lambda num_classes: timm.create_model("cn_wrn28_2", num_classes=num_classes),
 }
-"""What makes each network, from the number of classes."""
+"""The maker of each network, from the number of classes."""
 
 
 def new_network(name: str, num_classes: int, seed: int) -> nn.Module:

@@ -90,7 +90,7 @@ DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "thick": _thick,
     "thin": _thin,
 }
-"""What makes an image of each domain of strokes in 0..1, by name."""
+"""The function that makes images of each domain of strokes in 0..1, by name."""
 
 
 def in_domain(name: str, x: Tensor, seed: int) -> Tensor:
